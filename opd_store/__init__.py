@@ -1,0 +1,55 @@
+"""The cache: a versioned, checked, memory-mapped store of teacher log-probs. Never imports torch."""
+
+from opd_store.cache import Cache
+from opd_store.cache import open_cache as open
+from opd_store.columns import CacheSchema
+from opd_store.errors import (
+    CacheExistsError,
+    CacheNotFoundError,
+    CommitConflictError,
+    FormatError,
+    IntegrityError,
+    InvalidArgumentError,
+    InvalidRolloutError,
+    MismatchError,
+    OpdError,
+    StorageError,
+    UnsupportedVersionError,
+)
+from opd_store.hashing import rollout_hash, tokenizer_fingerprint
+from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta
+from opd_store.rollout import Rollout
+from opd_store.verify import VerifyReport, verify
+from opd_store.writer import Version, Writer, append, create
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "CacheExistsError",
+    "CacheMeta",
+    "CacheNotFoundError",
+    "CacheSchema",
+    "CommitConflictError",
+    "FormatError",
+    "IntegrityError",
+    "InvalidArgumentError",
+    "InvalidRolloutError",
+    "MismatchError",
+    "ModelInfo",
+    "OpdError",
+    "Rollout",
+    "SamplerInfo",
+    "StorageError",
+    "UnsupportedVersionError",
+    "VerifyReport",
+    "Version",
+    "Writer",
+    "append",
+    "create",
+    "diff_meta",
+    "open",
+    "rollout_hash",
+    "tokenizer_fingerprint",
+    "verify",
+]

@@ -1,0 +1,142 @@
+"""Check everything a cache promises: every byte, every page, every value, every hash."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from opd_store import layout
+from opd_store.batch import BatchView
+from opd_store.cache import Cache, load_manifest
+from opd_store.columns import arrow_schema
+from opd_store.errors import FormatError, IntegrityError, InvalidRolloutError, OpdError
+from opd_store.hashing import rollout_hash
+from opd_store.manifest import decode_manifest, manifest_digest
+from opd_store.rollout import checked
+from opd_store.shard import ShardInfo, ShardReader, file_digest
+from opd_store.storage import LocalStorage, resolve
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` read, and what it found wrong."""
+
+    uri: str
+    digest: str
+    versions: int = 0
+    shards: int = 0
+    rollouts: int = 0
+    response_tokens: int = 0
+    n_bytes: int = 0
+    problems: list[OpdError] = field(default_factory=list)
+    """One error a damaged file or row; empty for an intact cache."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems
+
+
+def verify(
+    uri: str | os.PathLike[str], *, on_progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Read every byte of a version and of the history it names. Writes nothing.
+
+    Args:
+        uri: a cache, optionally pinned.
+        on_progress: called with (rollouts checked, rollouts in all) after each record batch.
+
+    Returns:
+        A report; damaged shards and rows are listed there, and the rest is still checked.
+
+    Raises:
+        OpdError: the manifest or a shard table cannot be read, so there is nothing to check against.
+    """
+    storage, pin = resolve(uri)
+    cache = Cache(storage, *load_manifest(storage, pin))
+    report = VerifyReport(cache.uri, cache.digest, n_bytes=cache.n_bytes)
+    report.problems += _check_history(storage, cache, report)
+    for number in range(len(cache.manifest.segments)):
+        try:
+            if not cache.rollout_table(number).sorted_hashes():
+                where = storage.describe(cache.manifest.segments[number].rollouts.path)
+                raise FormatError(f"{where}: not sorted by hash")
+        except OpdError as error:
+            report.problems.append(error)
+    for info in cache.shards:
+        try:
+            for problem in _check_shard(storage, cache, info, report):
+                report.problems.append(problem)
+                if on_progress is not None:
+                    on_progress(report.rollouts, len(cache))
+        except OpdError as error:
+            report.problems.append(error)
+        report.shards += 1
+        if on_progress is not None:
+            on_progress(report.rollouts, len(cache))
+    return report
+
+
+def _check_history(storage: LocalStorage, cache: Cache, report: VerifyReport) -> Iterator[OpdError]:
+    report.versions = 1
+    parent = cache.parent
+    for sequence in range(cache.version - 1, 0, -1):
+        name = layout.manifest_path(sequence)
+        where = storage.describe(name)
+        try:
+            data = storage.read(name, layout.MAX_MANIFEST_BYTES)
+            if manifest_digest(data) != parent:
+                raise IntegrityError(
+                    f"{where}: {manifest_digest(data)}, but the next version names {parent}", uri=where
+                )
+            parent = decode_manifest(data, where=where).parent
+        except OpdError as error:
+            yield error
+            return
+        report.versions += 1
+
+
+def _check_shard(
+    storage: LocalStorage, cache: Cache, info: ShardInfo, report: VerifyReport
+) -> Iterator[OpdError]:
+    uri = storage.describe(info.path)
+    buffer = storage.map(info.path)
+    reader = ShardReader(buffer, info, arrow_schema(cache.schema), uri=uri)
+    tokens = response_tokens = 0
+    for number in range(sum(1 for region in info.regions if region.rows)):
+        try:
+            view = BatchView(reader.batch(number), cache.schema, where=f"{uri}, record batch {number}")
+        except OpdError as error:
+            yield error
+            continue
+        for row in range(view.n_rows):
+            try:
+                tokens += len(_check_row(cache, view, row))
+                response_tokens += view.response_len(row)
+            except OpdError as error:
+                yield error
+        report.rollouts += view.n_rows
+    report.response_tokens += response_tokens
+    if file_digest(buffer) != info.sha256:
+        yield IntegrityError(f"{uri}: its SHA-256 is not its name. Fetch this shard again.", uri=uri)
+
+
+def _check_row(cache: Cache, view: BatchView, row: int) -> np.ndarray:
+    where = f"{view.where}, row {row}"
+    view.check_pages(row)
+    rollout = view.rollout(row)
+    try:
+        checked(rollout, vocab_size=cache.meta.vocab_size, topk=cache.topk)
+    except InvalidRolloutError as error:
+        raise FormatError(f"{where}: {error}", row=row, column=error.field) from error
+    stored = view.hashes[row].tobytes()
+    if rollout_hash(rollout.token_ids, cache.meta.tokenizer_fingerprint) != stored:
+        raise FormatError(
+            f"{where}: rollout_hash is not the hash of its tokens", row=row, column="rollout_hash"
+        )
+    if cache.find(stored) is None:
+        raise FormatError(f"{where}: missing from the rollout table", row=row, column="rollout_hash")
+    return rollout.token_ids

@@ -1,0 +1,344 @@
+"""Writing a cache: append rollouts, commit versions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from opd_store import layout
+from opd_store.cache import Cache, load_manifest
+from opd_store.columns import BatchBuilder, CacheSchema, arrow_schema
+from opd_store.errors import (
+    CacheExistsError,
+    CommitConflictError,
+    InvalidArgumentError,
+    MismatchError,
+    OpdError,
+)
+from opd_store.hashing import rollout_hash
+from opd_store.index import (
+    FileRef,
+    RolloutTable,
+    SegmentRef,
+    encode_rollout_table,
+    encode_shard_table,
+    merge_rollout_tables,
+)
+from opd_store.manifest import Manifest, encode_manifest, manifest_digest
+from opd_store.meta import CacheMeta, diff_meta
+from opd_store.rollout import Rollout, checked
+from opd_store.shard import ShardInfo, ShardWriter, file_digest
+from opd_store.storage import LocalStorage, TempFile, resolve
+
+DEFAULT_BATCH_BYTES = 8 << 20
+"""A record batch is one range request from a bucket, and what the writer holds in memory."""
+DEFAULT_SHARD_BYTES = 256 << 20
+_COMMIT_TRIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What `commit` acknowledged."""
+
+    sequence: int
+    digest: str
+    uri: str
+    """The cache pinned to this version; pass it to `open`."""
+
+
+def create(
+    uri: str | os.PathLike[str],
+    *,
+    meta: CacheMeta,
+    topk: int = 0,
+    encoding: str = "plain",
+    bands: tuple[int, ...] | None = None,
+    user_columns: dict[str, str] | None = None,
+    batch_bytes: int = DEFAULT_BATCH_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Writer:
+    """Start a new cache. Nothing is visible before the first `commit`.
+
+    Args:
+        meta: identity and provenance; the same for every version of a cache.
+        topk: K, ranks stored at every response position; 0 for a cache of native columns only.
+        encoding: how top-k pages are stored; this release writes "plain".
+        bands: ends of the rank bands; None means 8, 16, 32, 64, 128, cut at `topk`.
+        user_columns: `x_*` column name to "bool", "int64", "float64" or "utf8".
+        batch_bytes: encoded bytes after which a record batch is written; bounds the writer's memory.
+        shard_bytes: size after which a shard is finished.
+
+    Raises:
+        CacheExistsError: something is already there; continue a cache with `append`.
+        InvalidArgumentError: an argument outside its range.
+        StorageError: the place cannot be written to.
+    """
+    storage, pin = resolve(uri)
+    if pin is not None:
+        raise InvalidArgumentError(f"{uri}: a pinned version cannot be written to")
+    if storage.versions() or not storage.is_empty():
+        raise CacheExistsError(
+            f"{storage.uri}: already exists. Choose another path, or continue it with `append`."
+        )
+    schema = CacheSchema(
+        topk=topk,
+        bands=layout.band_ends(topk) if bands is None else bands,
+        encoding=encoding,
+        user_columns=user_columns or {},
+    )
+    if topk > meta.vocab_size:
+        raise InvalidArgumentError(f"topk: {topk} ranks of a vocabulary of {meta.vocab_size}")
+    return Writer(storage, meta, schema, None, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+
+
+def append(
+    uri: str | os.PathLike[str],
+    *,
+    meta: CacheMeta | None = None,
+    batch_bytes: int = DEFAULT_BATCH_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Writer:
+    """Continue a cache at its newest version.
+
+    Args:
+        meta: what the caller believes the cache to be; None skips the comparison.
+        batch_bytes, shard_bytes: as for `create`.
+
+    Raises:
+        CacheNotFoundError: nothing to continue.
+        MismatchError: `meta` differs from the cache's, with the field and both values.
+    """
+    storage, pin = resolve(uri)
+    if pin is not None:
+        raise InvalidArgumentError(f"{uri}: a pinned version cannot be written to")
+    cache = Cache(storage, *load_manifest(storage))
+    if meta is not None:
+        require_equal_meta(cache, meta)
+    return Writer(storage, cache.meta, cache.schema, cache, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+
+
+def require_equal_meta(cache: Cache, meta: CacheMeta) -> None:
+    """Raise MismatchError unless the cache was created with this meta."""
+    for name, found, expected in diff_meta(cache.meta, meta):
+        raise MismatchError(
+            f"{cache.uri}: {name} is {found} in the cache, but {expected} is to be written. "
+            "Use the same models and settings, or another path.",
+            field=name,
+            expected=expected,
+            found=found,
+        )
+
+
+class Writer:
+    """Appends rollouts and commits versions. As a context manager it commits at the end unless an error is
+    raised.
+
+    Memory is bounded by one record batch, plus about 100 bytes for each rollout since the last commit. After
+    an error the writer refuses further use; what was committed is intact, and a new writer goes on from
+    there.
+    """
+
+    def __init__(
+        self,
+        storage: LocalStorage,
+        meta: CacheMeta,
+        schema: CacheSchema,
+        base: Cache | None,
+        *,
+        batch_bytes: int,
+        shard_bytes: int,
+    ) -> None:
+        if not 1 <= batch_bytes <= layout.MAX_BATCH_BYTES // 2 or shard_bytes < 1:
+            raise InvalidArgumentError(
+                f"batch_bytes: expected 1..{layout.MAX_BATCH_BYTES // 2} and shard_bytes >= 1, "
+                f"found {batch_bytes} and {shard_bytes}"
+            )
+        self._storage, self.meta, self.schema, self._base = storage, meta, schema, base
+        self._batch_bytes, self._shard_bytes = batch_bytes, shard_bytes
+        self._arrow = arrow_schema(schema)
+        self._builder = BatchBuilder(schema)
+        self._temp: TempFile | None = None
+        self._shard: ShardWriter | None = None
+        self._sealed: list[tuple[ShardInfo, list[bytes]]] = []
+        self._pending: set[tuple[bytes, str | None]] = set()
+        self._failed = False
+        storage.remove_leftovers()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()
+        self.close()
+
+    def append(self, rollout: Rollout) -> bool:
+        """Add one rollout to the next version.
+
+        A rollout is known by its hash and its sample_id: appending it again changes nothing, also after a
+        crash and in a later version. The same tokens under another sample_id are another draw, and kept.
+
+        Returns:
+            False if the cache or the pending version has it already.
+
+        Raises:
+            InvalidRolloutError: impossible values; the rollout is refused, the writer goes on.
+            StorageError: the disk refused.
+        """
+        self._check_usable()
+        rollout = checked(rollout, vocab_size=self.meta.vocab_size, topk=self.schema.topk)
+        name = rollout_hash(rollout.token_ids, self.meta.tokenizer_fingerprint)
+        key = (name, rollout.sample_id)
+        if key in self._pending or _holds(self._base, key):
+            return False
+        self._builder.add(rollout, name)
+        self._pending.add(key)
+        if self._builder.n_bytes >= self._batch_bytes:
+            self._write_batch()
+        return True
+
+    def append_batch(self, rollouts: Iterable[Rollout]) -> int:
+        """Append several rollouts; returns how many were new."""
+        return sum([self.append(rollout) for rollout in rollouts])
+
+    def commit(self) -> Version:
+        """Make everything appended so far one new version, durably and whole.
+
+        Without new rollouts the newest version is returned, and a new cache gets an empty first one.
+
+        Raises:
+            CommitConflictError: another writer committed some of the same rollouts first; append again.
+            StorageError: the disk refused; the version does not exist, older ones do.
+        """
+        self._check_usable()
+        self._failed = True
+        if len(self._builder):
+            self._write_batch()
+        self._seal_shard()
+        if self._base is None or self._sealed:
+            self._base = self._commit_manifest()
+            self._sealed.clear()
+            self._pending.clear()
+        self._failed = False
+        base = self._base
+        return Version(base.version, base.digest, f"{base.uri}@{base.digest}")
+
+    def close(self) -> None:
+        """Forget what was not committed."""
+        self._failed = True
+        if self._temp is not None:
+            self._temp.discard()
+            self._temp = None
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise OpdError(
+                f"{self._storage.uri}: this writer is closed or failed earlier. "
+                "Open a new one with `append`; committed rollouts are kept."
+            )
+
+    def _write_batch(self) -> None:
+        self._failed = True
+        if self._shard is None:
+            self._temp = self._storage.create_temp()
+            self._shard = ShardWriter(self._temp, self._arrow)
+        self._shard.write(self._builder.take())
+        if self._shard.n_bytes >= self._shard_bytes:
+            self._seal_shard()
+        self._failed = False
+
+    def _seal_shard(self) -> None:
+        if self._shard is None or self._temp is None:
+            return
+        info = self._shard.finish()
+        self._temp.publish(info.path)
+        self._sealed.append((info, self._shard.hashes))
+        self._temp.discard()
+        self._shard = self._temp = None
+
+    def _commit_manifest(self) -> Cache:
+        for _ in range(_COMMIT_TRIES):
+            base = self._base
+            manifest = Manifest(
+                sequence=1 if base is None else base.version + 1,
+                parent=None if base is None else base.digest,
+                meta=self.meta,
+                schema=self.schema,
+                segments=self._segments(base),
+            )
+            data = encode_manifest(manifest)
+            name = layout.manifest_path(manifest.sequence)
+            # A taken name may hold our own commit, whose acknowledgement was lost: compare before deciding.
+            if self._storage.put_if_absent(name, data) or self._storage.read(name, len(data)) == data:
+                return Cache(self._storage, manifest, manifest_digest(data))
+            self._rebase()
+        raise CommitConflictError(
+            f"{self._storage.uri}: other writers were faster {_COMMIT_TRIES} times; try again"
+        )
+
+    def _rebase(self) -> None:
+        manifest, digest = load_manifest(self._storage)
+        other = Cache(self._storage, manifest, digest)
+        require_equal_meta(other, self.meta)
+        if other.schema != self.schema:
+            raise MismatchError(
+                f"{other.uri}: another writer created it as {other.schema}, this one has {self.schema}",
+                field="schema",
+                expected=str(self.schema),
+                found=str(other.schema),
+            )
+        if any(_holds(other, key) for key in self._pending):
+            raise CommitConflictError(
+                f"{other.uri}: version {other.version}, by another writer, has some of these rollouts. "
+                "Open a new writer and append again; duplicates will be skipped."
+            )
+        self._base = other
+
+    def _segments(self, base: Cache | None) -> tuple[SegmentRef, ...]:
+        """The base's segments and a new one, merged so that their number stays logarithmic."""
+        kept = () if base is None else base.manifest.segments
+        if not self._sealed:
+            return kept
+        shards = [info for info, _ in self._sealed]
+        rollouts = encode_rollout_table([hashes for _, hashes in self._sealed])
+        merged_rows = rows = sum(shard.rows for shard in shards)
+        first = len(kept)
+        while first and kept[first - 1].rows < 2 * merged_rows:
+            first -= 1
+            merged_rows += kept[first].rows
+        if base is not None and first < len(kept):
+            old_shards = base.shards[sum(segment.n_shards for segment in kept[:first]) :]
+            new_table = RolloutTable(pa.py_buffer(rollouts), rows, where="new segment")
+            tables = [base.rollout_table(number) for number in range(first, len(kept))]
+            counts = [segment.n_shards for segment in kept[first:]]
+            rollouts = merge_rollout_tables([*tables, new_table], [*counts, len(shards)])
+            shards = [*old_shards, *shards]
+        segment = SegmentRef(
+            shards=self._put_index(encode_shard_table(shards)),
+            rollouts=self._put_index(rollouts),
+            n_shards=len(shards),
+            rows=sum(shard.rows for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            response_tokens=sum(shard.response_tokens for shard in shards),
+            n_bytes=sum(shard.n_bytes for shard in shards),
+        )
+        return (*kept[:first], segment)
+
+    def _put_index(self, data: bytes) -> FileRef:
+        ref = FileRef(file_digest(data), len(data))
+        self._storage.put_if_absent(ref.path, data)
+        return ref
+
+
+def _holds(cache: Cache | None, key: tuple[bytes, str | None]) -> bool:
+    if cache is None:
+        return False
+    rows = cache.find_all(key[0])
+    return any(cache.rollout(row, columns=("sample_id",)).sample_id == key[1] for row in rows)
