@@ -276,7 +276,9 @@ class Cache(Sequence[Rollout]):
             segment = self._manifest.segments[number]
             buffer = self._load_index_file(segment.rollouts)
             where = self._storage.describe(segment.rollouts.path)
-            self._tables[number] = RolloutTable(buffer, segment.rows, where=where)
+            start = self._segment_start[number]
+            shard_rows = [shard.rows for shard in self._shards[start : start + segment.n_shards]]
+            self._tables[number] = RolloutTable(buffer, shard_rows, where=where)
         return self._tables[number]
 
     @property

@@ -14,20 +14,14 @@ import pyarrow as pa
 
 from opd_store import layout
 from opd_store.encodings import Band, check_encoding, encode_pages
-from opd_store.errors import FormatError, InvalidArgumentError, InvalidRolloutError
-from opd_store.rollout import Rollout, Scalar
+from opd_store.errors import FormatError, InvalidArgumentError, InvalidRolloutError, UnsupportedVersionError
+from opd_store.rollout import Rollout, Scalar, is_text
 
 USER_TYPES: dict[str, pa.DataType] = {
     "bool": pa.bool_(),
     "int64": pa.int64(),
     "float64": pa.float64(),
     "utf8": pa.utf8(),
-}
-_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int64": (int,),
-    "float64": (float, int),
-    "utf8": (str,),
 }
 TOKEN_LISTS = {"token_ids": pa.uint32()}
 RESPONSE_LISTS = {
@@ -91,12 +85,12 @@ class CacheSchema:
             "bands": bands,
             "encoding": self.encoding,
             "topk": self.topk,
-            "user_columns": dict(self.user_columns),
+            "user_columns": dict(sorted(self.user_columns.items())),
         }
 
     @classmethod
     def from_json(cls, value: object, *, where: str) -> CacheSchema:
-        """Read what `to_json` wrote. Raises FormatError."""
+        """Read what `to_json` wrote. Raises FormatError, and UnsupportedVersionError for a later encoding."""
         kinds = {"bands": list, "encoding": str, "topk": int, "user_columns": dict}
         well_formed = (
             isinstance(value, dict)
@@ -107,6 +101,10 @@ class CacheSchema:
         )
         if not isinstance(value, dict) or not well_formed:
             raise FormatError(f"{where}: not a cache schema: {value!r:.200}")
+        try:
+            check_encoding(value["encoding"])
+        except InvalidArgumentError as error:
+            raise UnsupportedVersionError(f"{where}: {error}; upgrade opd-store") from error
         try:
             return cls(**{**value, "bands": tuple(value["bands"])})
         except InvalidArgumentError as error:
@@ -151,18 +149,17 @@ class BatchBuilder:
         """Encode one rollout that `rollout.checked` passed.
 
         Raises:
-            InvalidRolloutError: a scalar out of range, too long, of the wrong type, or an undeclared user
-            column.
+            InvalidRolloutError: an undeclared user column, or a value that does not fit its column.
         """
         row: dict[str, Any] = {
             "rollout_hash": rollout_hash,
-            "sample_id": self._text(rollout, "sample_id", rollout.sample_id),
+            "sample_id": rollout.sample_id,
             "prompt_len": rollout.prompt_len,
             "finish_reason": rollout.finish_reason,
             "policy_version": rollout.policy_version,
             "teacher": rollout.teacher,
             "reward": rollout.reward,
-            "label": self._text(rollout, "label", rollout.label),
+            "label": rollout.label,
             **self._user_values(rollout),
         }
         for name in TOKEN_LISTS | RESPONSE_LISTS:
@@ -188,13 +185,8 @@ class BatchBuilder:
                 row[band_column(start, end)] = page
         for name, value in row.items():
             self._values[name].append(value)
-            if isinstance(value, bytes | np.ndarray):
+            if isinstance(value, bytes | str | np.ndarray):
                 self.n_bytes += value.nbytes if isinstance(value, np.ndarray) else len(value)
-
-    def _text(self, rollout: Rollout, name: str, value: str | None) -> str | None:
-        if value is not None and len(value.encode("utf-8", "replace")) > layout.MAX_TEXT_BYTES:
-            raise _invalid(rollout, name, f"at most {layout.MAX_TEXT_BYTES} bytes of text", len(value))
-        return value
 
     def _user_values(self, rollout: Rollout) -> dict[str, Scalar | None]:
         unknown = rollout.extra.keys() - self._schema.user_columns.keys()
@@ -206,10 +198,9 @@ class BatchBuilder:
         values: dict[str, Scalar | None] = {}
         for name, kind in self._schema.user_columns.items():
             value = rollout.extra.get(name)
-            wrong_bool = isinstance(value, bool) and kind != "bool"
-            if value is not None and (wrong_bool or not isinstance(value, _PYTHON_TYPES[kind])):
-                raise _invalid(rollout, name, kind, repr(value))
-            values[name] = self._text(rollout, name, value) if isinstance(value, str) else value
+            if value is not None and not _fits(value, kind):
+                raise _invalid(rollout, name, f"a value that fits {kind}", repr(value))
+            values[name] = value
         return values
 
     def take(self) -> pa.RecordBatch:
@@ -228,6 +219,17 @@ class BatchBuilder:
         if pa.types.is_binary(column.type):
             return _binary_array(values)
         return pa.array(values, column.type)
+
+
+def _fits(value: Scalar, kind: str) -> bool:
+    if kind == "utf8":
+        return is_text(value)
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    if kind == "int64":
+        return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
+    # Larger integers have no exact float64.
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 1 << 53)
 
 
 def _list_array(list_type: pa.DataType, values: list[Any]) -> pa.Array:

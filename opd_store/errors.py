@@ -17,6 +17,8 @@ Every class survives pickling, since loader workers send errors between processe
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class OpdError(Exception):
     """Base of every error this project raises on purpose."""
@@ -76,6 +78,10 @@ class StorageError(OpdError, OSError):
     def __init__(self, message: str, *, errno: int | None = None, filename: str | None = None) -> None:
         super().__init__(message)
         self.errno, self.filename = errno, filename
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # OSError keeps these two outside __dict__ and would lose them.
+        return partial(type(self), *self.args, errno=self.errno, filename=self.filename), ()
 
     def __str__(self) -> str:
         return str(self.args[0])

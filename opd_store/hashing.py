@@ -58,16 +58,10 @@ def rollout_hash(token_ids: ArrayLike, tokenizer_fingerprint: str) -> bytes:
     """
     fingerprint = digest_to_raw(tokenizer_fingerprint, what="tokenizer_fingerprint")
     ids = np.asarray(token_ids)
-    if ids.dtype != np.uint32:
-        if (
-            ids.ndim != 1
-            or ids.dtype.kind not in "iu"
-            or (ids.size and not 0 <= ids.min() <= ids.max() < 1 << 32)
-        ):
-            raise InvalidArgumentError(
-                "token_ids: expected a one-dimensional array of integers in [0, 2**32)"
-            )
-        ids = ids.astype("<u4")
+    in_range = ids.dtype == np.uint32 or not ids.size
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not (in_range or 0 <= ids.min() <= ids.max() < 1 << 32):
+        raise InvalidArgumentError("token_ids: expected a one-dimensional array of integers in [0, 2**32)")
+    ids = ids.astype("<u4", copy=False)
     return hashlib.sha256(layout.ROLLOUT_HASH_DOMAIN + fingerprint + ids.tobytes()).digest()
 
 
@@ -87,26 +81,25 @@ def tokenizer_fingerprint(tokenizer_json: bytes | str) -> str:
         FormatError: not a tokenizer description with a vocabulary.
     """
     try:
-        description = json.loads(tokenizer_json)
-        model: dict[str, Any] = description["model"]
-        entries = model["vocab"]
-        scored = not isinstance(entries, dict)
-        pairs = (
-            enumerate(token for token, _ in entries)
-            if scored
-            else ((i, token) for token, i in entries.items())
-        )
-        tokens: dict[int, str] = {int(i): str(token) for i, token in pairs}
-        added = description.get("added_tokens") or []
-        tokens.update({int(entry["id"]): str(entry["content"]) for entry in added})
-        special = sorted(int(entry["id"]) for entry in added if entry.get("special"))
-        merges = [
-            tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _fingerprint(json.loads(tokenizer_json))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise FormatError(
-            f"tokenizer.json: no usable vocabulary in it ({type(error).__name__}: {error})"
+            f"tokenizer.json: no usable vocabulary in it ({type(error).__name__}: {error!s:.200})"
         ) from error
+
+
+def _fingerprint(description: dict[str, Any]) -> str:
+    model: dict[str, Any] = description["model"]
+    entries = model["vocab"]
+    scored = not isinstance(entries, dict)
+    pairs = (
+        enumerate(token for token, _ in entries) if scored else ((i, token) for token, i in entries.items())
+    )
+    tokens: dict[int, str] = {int(i): str(token) for i, token in pairs}
+    added = description.get("added_tokens") or []
+    tokens.update({int(entry["id"]): str(entry["content"]) for entry in added})
+    special = sorted(int(entry["id"]) for entry in added if entry.get("special"))
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
 
     hasher = hashlib.sha256(layout.TOKENIZER_HASH_DOMAIN)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.errors import FormatError
-from opd_store.shard import Region, ShardInfo, check_regions
+from opd_store.shard import Region, ShardInfo, check_regions, require_no_nulls
 
 
 def _list_of(kind: pa.DataType) -> pa.DataType:
@@ -134,8 +134,16 @@ def _encode_rollouts(hashes: NDArray[np.uint8], shard: NDArray[np.uint32], row: 
 class RolloutTable:
     """A mapped rollout table."""
 
-    def __init__(self, buffer: pa.Buffer, n_rows: int, *, where: str) -> None:
-        """Open a table whose digest was checked. Raises FormatError."""
+    def __init__(self, buffer: pa.Buffer, shard_rows: Sequence[int], *, where: str) -> None:
+        """Open a table whose digest was checked.
+
+        Args:
+            shard_rows: rows of every shard of the segment.
+
+        Raises:
+            FormatError: not a rollout table, or one that points outside its segment.
+        """
+        n_rows = sum(shard_rows)
         table = _decode(buffer, ROLLOUT_TABLE, where)
         if table.num_rows != n_rows:
             raise FormatError(f"{where}: {table.num_rows} rollouts, the manifest says {n_rows}")
@@ -146,6 +154,9 @@ class RolloutTable:
             np.frombuffer(column.buffers()[1], kind)[:size]
             for column, kind, size in zip(columns, kinds, sizes, strict=True)
         )
+        limits = np.array([*shard_rows, 0], np.uint32)
+        if (self.row >= limits[np.minimum(self.shard, len(shard_rows))]).any():
+            raise FormatError(f"{where}: points to a row that its shard does not have")
         self._bytes = memoryview(self.hashes)
         self._n_rows = n_rows
 
@@ -183,6 +194,9 @@ def _decode(buffer: pa.Buffer, schema: pa.Schema, where: str) -> pa.RecordBatch:
             raise FormatError(f"{where}: not an index file of this format:\n{reader.schema}")
         batch = reader.get_batch(0)
         batch.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        require_no_nulls(batch)
+    except FormatError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise FormatError(f"{where}: index file does not parse: {error}") from error
     return batch

@@ -43,7 +43,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """Bytes of the manifest file. The same content always gives the same bytes.
 
     Raises:
-        FormatError: larger than the format allows.
+        FormatError: a value that `decode_manifest` would refuse, or a file larger than the format allows.
+        ValueError, TypeError: a value that JSON cannot hold.
     """
     body = {
         "format": layout.FORMAT_NAME,
@@ -60,10 +61,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
     text = json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False).encode()
     covered = text[: -len(b"\n}")]
     trailer = f',\n "checksum": "sha256:{hashlib.sha256(covered).hexdigest()}"\n}}\n'.encode()
-    if len(covered) + len(trailer) > layout.MAX_MANIFEST_BYTES:
-        raise FormatError(
-            f"manifest: {len(covered) + len(trailer)} bytes, the limit is {layout.MAX_MANIFEST_BYTES}"
-        )
+    # A manifest that no reader accepts would hide everything committed before it.
+    decode_manifest(covered + trailer, where="manifest")
     return covered + trailer
 
 
@@ -187,7 +186,7 @@ def _check_version(value: dict[str, Any], where: str) -> bool:
     name, version = value.get("format"), value.get("format_version")
     if name != layout.FORMAT_NAME:
         raise FormatError(f"{where}: format {name!r:.100}, expected {layout.FORMAT_NAME!r}", uri=where)
-    if not isinstance(version, str) or not re.fullmatch(r"[1-9]\d{0,3}\.\d{1,4}", version):
+    if not isinstance(version, str) or not re.fullmatch(r"[1-9][0-9]{0,3}\.(0|[1-9][0-9]{0,3})", version):
         raise FormatError(f"{where}: format_version {version!r:.100}, expected MAJOR.MINOR", uri=where)
     major, minor = map(int, version.split("."))
     if major != layout.FORMAT_MAJOR:

@@ -6,8 +6,10 @@ Absent (`None`) means unknown. Nothing here is guessed: a field is filled by who
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from opd_store.errors import FormatError, InvalidArgumentError
 from opd_store.hashing import digest_to_raw
 
 T = TypeVar("T")
+_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,13 +130,13 @@ def _dump(value: object) -> object:
         return {name: _dump(item) for name, item in items if item is not None and item not in ((), {})}
     if isinstance(value, tuple):
         return [_dump(item) for item in value]
-    return dict(value) if isinstance(value, dict) else value
+    return dict(sorted(value.items())) if isinstance(value, dict) else value
 
 
 def _load(cls: type[T], value: object, where: str, allow_unknown: bool) -> T:
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected an object, found {type(value).__name__}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = sorted(value.keys() - hints.keys())
     if unknown and not allow_unknown:
         raise FormatError(f"{where}: unknown field {unknown[0]!r:.100}; known are {', '.join(sorted(hints))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -87,8 +87,19 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
             position=position,
         )
 
+    def array_of(field_name: str, value: ArrayLike) -> NDArray[Any]:
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            refuse(field_name, "an array of numbers", error)
+
+    def integer(field_name: str, value: object, low: int, high: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value < high:
+            refuse(field_name, f"an integer in [{low}, {high})", repr(value))
+        return int(value)
+
     def ids_of(field_name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-        ids = np.asarray(value)
+        ids = array_of(field_name, value)
         if ids.shape != shape or ids.dtype.kind not in "iu":
             refuse(field_name, f"integers of shape {list(shape)}", f"{ids.dtype} of shape {list(ids.shape)}")
         wrong = (ids < 0) | (ids >= vocab_size)
@@ -101,30 +112,26 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
     def logprobs_of(
         field_name: str, value: ArrayLike, shape: tuple[int, ...], low: float
     ) -> NDArray[np.float32]:
-        values = np.asarray(value)
+        values = array_of(field_name, value)
         if values.shape != shape or values.dtype.kind != "f":
             refuse(
                 field_name, f"floats of shape {list(shape)}", f"{values.dtype} of shape {list(values.shape)}"
             )
-        values = np.ascontiguousarray(values, np.float32)
+        with np.errstate(over="ignore"):  # becomes -inf or inf, and is refused below where it is wrong
+            values = np.ascontiguousarray(values, np.float32)
         wrong = ~((values <= 0) & (values >= low))
         if wrong.any():
             at = int(np.argmax(wrong.reshape(len(values), -1).any(axis=1)))
             refuse(field_name, "log-probs that are finite and <= 0", values[wrong][0], at)
         return values
 
-    tokens = np.asarray(rollout.token_ids)
+    tokens = array_of("token_ids", rollout.token_ids)
     if tokens.ndim != 1 or not 2 <= len(tokens) <= layout.MAX_ROLLOUT_TOKENS:
         refuse("token_ids", f"2 to {layout.MAX_ROLLOUT_TOKENS} tokens in one dimension", list(tokens.shape))
     tokens = ids_of("token_ids", tokens, tokens.shape)
-    if not 1 <= rollout.prompt_len < len(tokens):
-        problem = (
-            "the response is empty"
-            if rollout.prompt_len == len(tokens)
-            else "the prompt is empty or too long"
-        )
-        refuse("prompt_len", f"1 <= prompt_len < {len(tokens)} tokens", f"{rollout.prompt_len}: {problem}")
-    size = len(tokens) - rollout.prompt_len
+    # At least one token of prompt and one of response.
+    prompt_len = integer("prompt_len", rollout.prompt_len, 1, len(tokens))
+    size = len(tokens) - prompt_len
 
     lowest = float(np.finfo(np.float32).min)
     logprobs = {
@@ -134,7 +141,7 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
     }
     mask = None
     if rollout.loss_mask is not None:
-        mask = np.asarray(rollout.loss_mask)
+        mask = array_of("loss_mask", rollout.loss_mask)
         if mask.shape != (size,) or mask.dtype != np.bool_:
             refuse("loss_mask", f"bool of shape [{size}]", f"{mask.dtype} of shape {list(mask.shape)}")
 
@@ -156,26 +163,43 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
 
     if rollout.finish_reason not in FINISH_REASONS:
         refuse("finish_reason", f"one of {', '.join(FINISH_REASONS)}", rollout.finish_reason)
-    if not 0 <= rollout.teacher < 1 << 16:
-        refuse("teacher", "a route in [0, 65536)", rollout.teacher)
-    if rollout.policy_version is not None and abs(rollout.policy_version) >= 1 << 53:
-        refuse("policy_version", "an integer below 2**53", rollout.policy_version)
+    for field_name in ("sample_id", "label"):
+        value = getattr(rollout, field_name)
+        if value is not None and not is_text(value):
+            refuse(field_name, f"text of at most {layout.MAX_TEXT_BYTES} bytes of UTF-8", repr(value))
+    policy_version = rollout.policy_version
+    if policy_version is not None:
+        policy_version = integer("policy_version", policy_version, -layout.MAX_JSON_INT, 1 << 53)
+    reward = rollout.reward
+    if reward is not None:
+        number = isinstance(reward, int | float | np.integer | np.floating) and not isinstance(reward, bool)
+        if not number or not abs(reward) <= float(np.finfo(np.float32).max):
+            refuse("reward", "a finite float32", repr(reward))
+        reward = float(reward)
     return Rollout(
         token_ids=tokens,
-        prompt_len=int(rollout.prompt_len),
+        prompt_len=prompt_len,
         loss_mask=mask,
         topk_ids=topk_ids,
         topk_logprob=topk_logprob,
         log_tail=log_tail,
         sample_id=rollout.sample_id,
         finish_reason=rollout.finish_reason,
-        policy_version=rollout.policy_version,
-        teacher=rollout.teacher,
-        reward=rollout.reward,
+        policy_version=policy_version,
+        teacher=integer("teacher", rollout.teacher, 0, 1 << 16),
+        reward=reward,
         label=rollout.label,
         extra=rollout.extra,
         **logprobs,
     )
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text that a column can hold: at most MAX_TEXT_BYTES of UTF-8."""
+    try:
+        return isinstance(value, str) and len(value.encode()) <= layout.MAX_TEXT_BYTES
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def topk_problem(

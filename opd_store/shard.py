@@ -169,7 +169,10 @@ class ShardReader:
         self._verified = [False] * len(self._batches)
         head = self._checked(info.regions[0])
         self._checked(info.regions[-1])
-        stored = pa.ipc.read_schema(head.slice(len(layout.ARROW_MAGIC)))
+        try:
+            stored = pa.ipc.read_schema(head.slice(len(layout.ARROW_MAGIC)))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise FormatError(f"{uri}: its schema does not parse: {error}", uri=uri) from error
         if not stored.equals(schema, check_metadata=True):
             raise FormatError(f"{uri}: columns differ from those the manifest declares:\n{stored}", uri=uri)
 
@@ -200,6 +203,7 @@ class ShardReader:
         try:
             batch = pa.ipc.read_record_batch(view, self._schema)
             batch.validate(full=True)
+            require_no_nulls(batch)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FormatError(
                 f"{self.uri}: record batch {number} does not parse: {error}", uri=self.uri
@@ -211,6 +215,16 @@ class ShardReader:
             )
         self._verified[number] = True
         return batch
+
+
+def require_no_nulls(batch: pa.RecordBatch) -> None:
+    """Raise ValueError where a column or list declared without nulls has some; Arrow does not look."""
+    for declared, column in zip(batch.schema, batch.columns, strict=True):
+        nulls = 0 if declared.nullable else column.null_count
+        if pa.types.is_list(column.type):
+            nulls += column.values.null_count
+        if nulls:
+            raise ValueError(f"column {declared.name} has {nulls} nulls, but is declared without")
 
 
 def check_regions(regions: tuple[Region, ...], n_bytes: int, rows: int, *, where: str) -> None:

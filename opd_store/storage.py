@@ -39,6 +39,8 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[LocalStorage, str | None]:
         pin = digest
     if text.startswith("file://"):
         text = text.removeprefix("file://")
+    if "\0" in text:
+        raise InvalidArgumentError(f"{text!r:.200}: a path with a null character")
     if "://" in text or "::" in text:
         raise InvalidArgumentError(
             f"{uri}: this release opens local paths only; copy the cache to a local directory"
@@ -163,6 +165,11 @@ class TempFile:
             _make_directory(self._path.parent)
             self._file = self._path.open("xb", buffering=1 << 20)
             fcntl.flock(self._file, fcntl.LOCK_SH)
+            while not self._path.exists():
+                # Another writer tidied up between the two calls above.
+                self._file.close()
+                self._file = self._path.open("xb", buffering=1 << 20)
+                fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def __enter__(self) -> Self:
         return self
@@ -187,10 +194,12 @@ class TempFile:
             _make_directory(target.parent)
             try:
                 os.link(self._path, target)
+                is_new = True
             except FileExistsError:
-                return False
+                is_new = False
+            # Also for a taken name: a writer that was killed may have linked it without this.
             _sync_directory(target.parent)
-        return True
+        return is_new
 
     def discard(self) -> None:
         """Remove the temporary name; a published file keeps its final one."""

@@ -66,15 +66,17 @@ def verify(
                 raise FormatError(f"{where}: not sorted by hash")
         except OpdError as error:
             report.problems.append(error)
+    first_row = 0
     for info in cache.shards:
         try:
-            for problem in _check_shard(storage, cache, info, report):
+            for problem in _check_shard(storage, cache, info, first_row, report):
                 report.problems.append(problem)
                 if on_progress is not None:
                     on_progress(report.rollouts, len(cache))
         except OpdError as error:
             report.problems.append(error)
         report.shards += 1
+        first_row += info.rows
         if on_progress is not None:
             on_progress(report.rollouts, len(cache))
     return report
@@ -100,31 +102,41 @@ def _check_history(storage: LocalStorage, cache: Cache, report: VerifyReport) ->
 
 
 def _check_shard(
-    storage: LocalStorage, cache: Cache, info: ShardInfo, report: VerifyReport
+    storage: LocalStorage, cache: Cache, info: ShardInfo, first_row: int, report: VerifyReport
 ) -> Iterator[OpdError]:
     uri = storage.describe(info.path)
     buffer = storage.map(info.path)
     reader = ShardReader(buffer, info, arrow_schema(cache.schema), uri=uri)
     tokens = response_tokens = 0
+    intact = True
     for number in range(sum(1 for region in info.regions if region.rows)):
         try:
             view = BatchView(reader.batch(number), cache.schema, where=f"{uri}, record batch {number}")
         except OpdError as error:
             yield error
+            intact = False
             continue
         for row in range(view.n_rows):
             try:
-                tokens += len(_check_row(cache, view, row))
+                tokens += len(_check_row(cache, view, row, first_row + row))
                 response_tokens += view.response_len(row)
             except OpdError as error:
                 yield error
+                intact = False
         report.rollouts += view.n_rows
+        first_row += view.n_rows
     report.response_tokens += response_tokens
+    if intact and (tokens, response_tokens) != (info.tokens, info.response_tokens):
+        yield FormatError(
+            f"{uri}: {tokens} tokens, {response_tokens} of them in responses, "
+            f"but the index says {info.tokens} and {info.response_tokens}",
+            uri=uri,
+        )
     if file_digest(buffer) != info.sha256:
         yield IntegrityError(f"{uri}: its SHA-256 is not its name. Fetch this shard again.", uri=uri)
 
 
-def _check_row(cache: Cache, view: BatchView, row: int) -> np.ndarray:
+def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> np.ndarray:
     where = f"{view.where}, row {row}"
     view.check_pages(row)
     rollout = view.rollout(row)
@@ -137,6 +149,6 @@ def _check_row(cache: Cache, view: BatchView, row: int) -> np.ndarray:
         raise FormatError(
             f"{where}: rollout_hash is not the hash of its tokens", row=row, column="rollout_hash"
         )
-    if cache.find(stored) is None:
+    if cache_row not in cache.find_all(stored):
         raise FormatError(f"{where}: missing from the rollout table", row=row, column="rollout_hash")
     return rollout.token_ids

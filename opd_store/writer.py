@@ -93,6 +93,14 @@ def create(
     )
     if topk > meta.vocab_size:
         raise InvalidArgumentError(f"topk: {topk} ranks of a vocabulary of {meta.vocab_size}")
+    try:
+        empty = encode_manifest(Manifest(sequence=1, parent=None, meta=meta, schema=schema, segments=()))
+    except (ValueError, TypeError) as error:
+        raise InvalidArgumentError(f"meta: no reader would accept it: {error}") from error
+    if len(empty) > layout.MAX_MANIFEST_BYTES // 2:
+        raise InvalidArgumentError(
+            f"meta: {len(empty)} bytes of JSON, the limit is {layout.MAX_MANIFEST_BYTES // 2}"
+        )
     return Writer(storage, meta, schema, None, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
 
 
@@ -175,9 +183,11 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.commit()
-        self.close()
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.close()
 
     def append(self, rollout: Rollout) -> bool:
         """Add one rollout to the next version.
@@ -203,6 +213,16 @@ class Writer:
         if self._builder.n_bytes >= self._batch_bytes:
             self._write_batch()
         return True
+
+    def __contains__(self, rollout: Rollout) -> bool:
+        """Whether `append` would change nothing, because the cache or the pending version has the rollout."""
+        key = (rollout_hash(rollout.token_ids, self.meta.tokenizer_fingerprint), rollout.sample_id)
+        return key in self._pending or _holds(self._base, key)
+
+    @property
+    def base(self) -> Cache | None:
+        """The version this writer last committed or started from; None before the first."""
+        return self._base
 
     def append_batch(self, rollouts: Iterable[Rollout]) -> int:
         """Append several rollouts; returns how many were new."""
@@ -276,12 +296,15 @@ class Writer:
             data = encode_manifest(manifest)
             name = layout.manifest_path(manifest.sequence)
             # A taken name may hold our own commit, whose acknowledgement was lost: compare before deciding.
-            if self._storage.put_if_absent(name, data) or self._storage.read(name, len(data)) == data:
+            if self._storage.put_if_absent(name, data) or self._taken_by(name, data):
                 return Cache(self._storage, manifest, manifest_digest(data))
             self._rebase()
         raise CommitConflictError(
             f"{self._storage.uri}: other writers were faster {_COMMIT_TRIES} times; try again"
         )
+
+    def _taken_by(self, name: str, data: bytes) -> bool:
+        return self._storage.read(name, layout.MAX_MANIFEST_BYTES) == data
 
     def _rebase(self) -> None:
         manifest, digest = load_manifest(self._storage)
@@ -308,14 +331,16 @@ class Writer:
             return kept
         shards = [info for info, _ in self._sealed]
         rollouts = encode_rollout_table([hashes for _, hashes in self._sealed])
-        merged_rows = rows = sum(shard.rows for shard in shards)
+        merged_rows = sum(shard.rows for shard in shards)
         first = len(kept)
         while first and kept[first - 1].rows < 2 * merged_rows:
             first -= 1
             merged_rows += kept[first].rows
         if base is not None and first < len(kept):
             old_shards = base.shards[sum(segment.n_shards for segment in kept[:first]) :]
-            new_table = RolloutTable(pa.py_buffer(rollouts), rows, where="new segment")
+            new_table = RolloutTable(
+                pa.py_buffer(rollouts), [shard.rows for shard in shards], where="new segment"
+            )
             tables = [base.rollout_table(number) for number in range(first, len(kept))]
             counts = [segment.n_shards for segment in kept[first:]]
             rollouts = merge_rollout_tables([*tables, new_table], [*counts, len(shards)])

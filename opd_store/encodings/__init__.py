@@ -16,11 +16,9 @@ _BY_CODE = {codec.CODE: codec for codec in _CODECS}
 
 
 def check_encoding(name: str) -> None:
-    """Raise InvalidArgumentError unless this release writes the encoding."""
+    """Raise InvalidArgumentError unless this release reads and writes the encoding."""
     if name not in _BY_NAME:
-        raise InvalidArgumentError(
-            f"encoding: this release writes {', '.join(_BY_NAME)}; found {name!r:.100}"
-        )
+        raise InvalidArgumentError(f"encoding: this release knows {', '.join(_BY_NAME)}; found {name!r:.100}")
 
 
 def encode_pages(topk: Band, *, encoding: str, bands: tuple[int, ...], rollout_hash: bytes) -> list[bytes]:

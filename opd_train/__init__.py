@@ -1,0 +1,52 @@
+"""Everything that needs torch: sampling, scoring, streaming, corrections, losses, the trainer."""
+
+from opd_train.batches import TeacherBatch, collate
+from opd_train.corrections import CorrectionConfig, CorrectionKind, correction_weights
+from opd_train.evaluation import Estimate, accuracy, cache_divergence, sequence_kl
+from opd_train.head import topk_logprobs
+from opd_train.identity import check_cache, resolve_objective, teacher_consistency
+from opd_train.live import LiveSource
+from opd_train.losses import sampled_token_loss, topk_forward_kl, topk_reverse_kl
+from opd_train.models import CausalLM, load_causal_lm, weights_digest
+from opd_train.objectives import Objective
+from opd_train.pipeline import roll_out, score_cache
+from opd_train.prompts import read_prompts, read_rollouts
+from opd_train.sampling import Prompt, sample_rollouts
+from opd_train.scoring import score_rollouts
+from opd_train.stream import CacheStream
+from opd_train.trainer import DistillConfig, Stopwatch, Trainer
+
+__all__ = [
+    "CacheStream",
+    "CausalLM",
+    "CorrectionConfig",
+    "CorrectionKind",
+    "DistillConfig",
+    "Estimate",
+    "LiveSource",
+    "Objective",
+    "Prompt",
+    "Stopwatch",
+    "TeacherBatch",
+    "Trainer",
+    "accuracy",
+    "cache_divergence",
+    "check_cache",
+    "collate",
+    "correction_weights",
+    "load_causal_lm",
+    "read_prompts",
+    "read_rollouts",
+    "resolve_objective",
+    "roll_out",
+    "sample_rollouts",
+    "sampled_token_loss",
+    "score_cache",
+    "score_rollouts",
+    "sequence_kl",
+    "teacher_consistency",
+    "topk_forward_kl",
+    "topk_logprobs",
+    "topk_reverse_kl",
+    "weights_digest",
+]

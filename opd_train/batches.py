@@ -1,0 +1,142 @@
+"""Rollouts as tensors: variable-length rows packed end to end, and the padded form models without varlen
+take.
+
+Axes: S = rollouts, T = all tokens, N = response tokens, K = ranks, L = longest rollout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_store import InvalidRolloutError, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherBatch:
+    """Rollouts with what the teacher said of them. Optional fields are None if any rollout lacks them."""
+
+    row_ids: Tensor
+    """[S] int64 row numbers in the cache; -1 for rollouts that never were in one."""
+    input_ids: Tensor
+    """[T] int64 prompts and responses."""
+    position_ids: Tensor
+    """[T] int64, 0 at the first token of each rollout."""
+    cu_seqlens: Tensor
+    """[S + 1] int32, first token of each rollout; last T."""
+    response_index: Tensor
+    """[N] int64, index into T of each response token; the hidden state that predicts it is one before."""
+    cu_responses: Tensor
+    """[S + 1] int32, first response token of each rollout; last N."""
+    loss_mask: Tensor
+    """[N] bool."""
+    teacher_logprob: Tensor | None = None
+    """[N] float32, as are the next two."""
+    behaviour_logprob: Tensor | None = None
+    reference_logprob: Tensor | None = None
+    topk_ids: Tensor | None = None
+    """[N, K] int64."""
+    topk_logprob: Tensor | None = None
+    """[N, K] float32."""
+    log_tail: Tensor | None = None
+    """[N] float32."""
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @property
+    def target_ids(self) -> Tensor:
+        """[N] int64, the sampled response tokens."""
+        return self.input_ids[self.response_index]
+
+    def to(self, device: torch.device | str) -> TeacherBatch:
+        """The batch with every tensor on the device."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        return TeacherBatch(**moved)
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Right-padded rows, for attention without variable lengths.
+
+        Returns:
+            ids: [S, L] int64, 0 where padded.
+            attention_mask: [S, L] int64.
+            source: [N] int64, index into the flattened [S * L] of the position that predicts each response
+            token.
+        """
+        lengths = self.cu_seqlens.diff().long()
+        n_rows, longest = len(lengths), int(lengths.max())
+        row = torch.repeat_interleave(torch.arange(n_rows, device=lengths.device), lengths)
+        flat = row * longest + self.position_ids
+        ids = self.input_ids.new_zeros(n_rows * longest)
+        ids[flat] = self.input_ids
+        mask = torch.zeros_like(ids)
+        mask[flat] = 1
+        return ids.view(n_rows, longest), mask.view(n_rows, longest), flat[self.response_index] - 1
+
+
+def collate(
+    rollouts: Sequence[Rollout], *, vocab_size: int, row_ids: Sequence[int] | None = None
+) -> TeacherBatch:
+    """Pack rollouts into tensors on the CPU.
+
+    Args:
+        vocab_size: every id is proven below it here, because an id out of range on a GPU kills the process.
+        row_ids: [S] cache rows; None for rollouts not from a cache.
+
+    Raises:
+        InvalidRolloutError: an id outside the vocabulary, naming the rollout.
+    """
+    rows = [-1] * len(rollouts) if row_ids is None else list(row_ids)
+    lengths = np.array([len(rollout.token_ids) for rollout in rollouts])
+    prompts = np.array([rollout.prompt_len for rollout in rollouts])
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    is_response = positions >= np.repeat(prompts, lengths)
+    for row, rollout in zip(rows, rollouts, strict=True):
+        for name, ids in (("token_ids", rollout.token_ids), ("topk_ids", rollout.topk_ids)):
+            if ids is not None and ids.size and ids.max() >= vocab_size:
+                raise InvalidRolloutError(
+                    f"row {row}, {name}: id {ids.max()} outside the vocabulary of {vocab_size}", field=name
+                )
+    masks = [
+        np.ones(rollout.response_len, bool) if rollout.loss_mask is None else rollout.loss_mask
+        for rollout in rollouts
+    ]
+    return TeacherBatch(
+        row_ids=torch.tensor(rows, dtype=torch.int64),
+        input_ids=_tensor(np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64)),
+        position_ids=_tensor(positions.astype(np.int64)),
+        cu_seqlens=_tensor(cu_seqlens.astype(np.int32)),
+        response_index=_tensor(np.flatnonzero(is_response)),
+        cu_responses=_tensor(np.concatenate([[0], np.cumsum(lengths - prompts)]).astype(np.int32)),
+        loss_mask=_tensor(np.concatenate(masks)),
+        teacher_logprob=_joined(rollouts, "teacher_logprob", np.float32),
+        behaviour_logprob=_joined(rollouts, "behaviour_logprob", np.float32),
+        reference_logprob=_joined(rollouts, "reference_logprob", np.float32),
+        topk_ids=_joined(rollouts, "topk_ids", np.int64),
+        topk_logprob=_joined(rollouts, "topk_logprob", np.float32),
+        log_tail=_joined(rollouts, "log_tail", np.float32),
+    )
+
+
+def _joined(rollouts: Sequence[Rollout], name: str, dtype: type[np.generic]) -> Tensor | None:
+    values = [getattr(rollout, name) for rollout in rollouts]
+    if any(value is None for value in values):
+        return None
+    return _tensor(np.concatenate(values).astype(dtype, copy=False))
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(array)

@@ -1,0 +1,157 @@
+"""Checkpoints: safetensors and JSON in a directory that appears whole or not at all. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from opd_store import IntegrityError, StorageError
+from opd_train.models import PROVENANCE_FILE, CausalLM
+
+_STEP_NAME = re.compile(r"step-(\d{8})")
+STATE_FILE = "trainer.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+STATE_VERSION = 1
+
+
+def save_model(lm: CausalLM, directory: Path, provenance: dict[str, Any]) -> None:
+    """Write a Hugging Face directory, with tokenizer and `opd.json`, under a temporary name and rename it.
+
+    Raises:
+        StorageError: the disk refused; what was there before is intact.
+    """
+    _write_directory(directory, lambda temp: _write_model(lm, temp, provenance))
+
+
+def save_checkpoint(
+    lm: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    provenance: dict[str, Any],
+    out: Path,
+    step: int,
+) -> None:
+    """Write `out/step-XXXXXXXX`: the model, the optimizer and everything else needed to go on exactly; drop
+    older ones.
+
+    Raises:
+        StorageError: the disk refused; the previous checkpoint is intact.
+    """
+
+    def write(temp: Path) -> None:
+        _write_model(lm, temp, provenance)
+        tensors, scalars = _flatten_optimizer(optimizer)
+        safetensors.torch.save_file(tensors, temp / OPTIMIZER_FILE)
+        content = {"version": STATE_VERSION, "step": step, "optimizer": scalars, **state}
+        (temp / STATE_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+
+    _write_directory(out / f"step-{step:08d}", write)
+    for old_step, path in _checkpoints(out):
+        if old_step < step:
+            shutil.rmtree(path)
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint below `out`, or None."""
+    found = _checkpoints(out)
+    return found[-1][1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        IntegrityError: it cannot be read, or is of another version.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        state = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{path}: cannot be read ({error}); delete {checkpoint} to start again"
+        ) from error
+    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        raise IntegrityError(f"{path}: not a trainer state of version {STATE_VERSION}")
+    return state
+
+
+def load_tensors(
+    lm: CausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path, state: dict[str, Any]
+) -> None:
+    """Put weights and optimizer state back, in place. Raises IntegrityError."""
+    try:
+        safetensors.torch.load_model(lm.model, checkpoint / WEIGHTS_FILE, device=str(lm.device))
+        tensors = safetensors.torch.load_file(checkpoint / OPTIMIZER_FILE, device=str(lm.device))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise IntegrityError(f"{checkpoint}: cannot be read ({error}); delete it to start again") from error
+    content = optimizer.state_dict()
+    content["state"] = {}
+    for name, tensor in tensors.items():
+        index, _, field = name.partition(".")
+        content["state"].setdefault(int(index), {})[field] = tensor.cpu() if field == "step" else tensor
+    for group, scalars in zip(content["param_groups"], state["optimizer"], strict=True):
+        group.update(scalars)
+    optimizer.load_state_dict(content)
+
+
+def _flatten_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    content = optimizer.state_dict()
+    tensors = {
+        f"{index}.{field}": value.contiguous()
+        for index, fields in content["state"].items()
+        for field, value in fields.items()
+    }
+    return tensors, [{"lr": group["lr"]} for group in content["param_groups"]]
+
+
+def _checkpoints(out: Path) -> list[tuple[int, Path]]:
+    if not out.is_dir():
+        return []
+    matches = ((_STEP_NAME.fullmatch(path.name), path) for path in out.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _write_model(lm: CausalLM, directory: Path, provenance: dict[str, Any]) -> None:
+    lm.model.save_pretrained(directory, max_shard_size="1000GB")
+    lm.tokenizer.save_pretrained(directory)
+    text = json.dumps(provenance, indent=1, ensure_ascii=True, allow_nan=False, sort_keys=True)
+    (directory / PROVENANCE_FILE).write_text(text + "\n", "utf-8")
+
+
+def _write_directory(target: Path, write: Any) -> None:  # noqa: ANN401
+    temp = target.parent / f".{target.name}.partial"
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        write(temp)
+        for path in (*temp.rglob("*"), temp):
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temp.rename(target)
+        _sync(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise StorageError(
+            f"{target}: cannot write: {error}. Earlier checkpoints are intact; free space and run again.",
+            errno=getattr(error, "errno", None),
+            filename=str(target),
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

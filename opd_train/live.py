@@ -1,0 +1,91 @@
+"""Live on-policy distillation, the baseline: fresh rollouts and a teacher in memory at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_store import InvalidArgumentError, MismatchError, SamplerInfo
+from opd_train.batches import TeacherBatch, collate
+from opd_train.models import CausalLM
+from opd_train.sampling import Prompt, sample_rollouts
+from opd_train.scoring import score_rollouts, with_teacher
+from opd_train.trainer import Stopwatch
+
+
+class LiveSource:
+    """Batches of rollouts the student samples now, scored by a teacher in memory."""
+
+    def __init__(
+        self,
+        student: CausalLM,
+        teacher: CausalLM,
+        prompts: Sequence[Prompt],
+        sampler: SamplerInfo,
+        *,
+        batch_rollouts: int,
+        topk: int = 0,
+        batch_tokens: int = 16384,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        """
+        Args:
+            student: sampled from as it is when a batch is asked for.
+            sampler: its seed also shuffles the prompts.
+            topk: K to score; 0 for the sampled token only.
+            batch_tokens: padded tokens of one teacher pass.
+            stopwatch: gets the seconds of "sampling" and "teacher".
+
+        Raises:
+            MismatchError: student and teacher differ in tokenizer or number of logits.
+            InvalidArgumentError: no prompts.
+        """
+        pairs = {
+            "tokenizer_fingerprint": (teacher.tokenizer_fingerprint, student.tokenizer_fingerprint),
+            "vocab_size": (str(teacher.vocab_size), str(student.vocab_size)),
+        }
+        for field, (expected, found) in pairs.items():
+            if expected != found:
+                message = f"{field}: the teacher has {expected}, the student {found}"
+                raise MismatchError(message, field=field, expected=expected, found=found)
+        if not prompts:
+            raise InvalidArgumentError("prompts: none to sample from")
+        self._student, self._teacher, self._prompts, self._sampler = student, teacher, prompts, sampler
+        self._batch_rollouts, self._topk, self._batch_tokens = batch_rollouts, topk, batch_tokens
+        self._stopwatch = stopwatch or Stopwatch()
+        self._drawn = 0
+
+    def next_batch(self) -> TeacherBatch:
+        """Sample, score and pack the next `batch_rollouts` prompts, over and over through all of them."""
+        n_prompts, seed = len(self._prompts), self._sampler.seed
+        chosen: list[Prompt] = []
+        for number in range(self._drawn, self._drawn + self._batch_rollouts):
+            epoch, place = divmod(number, n_prompts)
+            if place == 0 or not chosen:
+                order = np.random.Generator(np.random.Philox(key=[seed or 0, epoch])).permutation(n_prompts)
+            chosen.append(self._prompts[int(order[place])])
+        self._student.model.eval()
+        with self._stopwatch.measure("sampling"):
+            rollouts = sample_rollouts(
+                self._student,
+                chosen,
+                self._sampler,
+                first_stream=self._drawn,
+                batch_rows=self._batch_rollouts,
+            )
+        with self._stopwatch.measure("teacher"):
+            scores = score_rollouts(self._teacher, rollouts, topk=self._topk, batch_tokens=self._batch_tokens)
+        self._drawn += self._batch_rollouts
+        scored = [with_teacher(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
+        return collate(scored, vocab_size=self._teacher.vocab_size).to(self._student.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rollouts were drawn, and from what."""
+        return {"version": 1, "drawn": self._drawn, "sampler": dataclasses.asdict(self._sampler)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after so many rollouts."""
+        self._drawn = int(state["drawn"])

@@ -1,0 +1,214 @@
+"""Hugging Face model directories: loading, identity, and the path from hidden states to logits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+import opd_store
+from opd_store import InvalidArgumentError, ModelInfo
+
+PROVENANCE_FILE = "opd.json"
+"""Written beside every model we train: which teacher's samples or cache it was trained on."""
+_WEIGHTS_DOMAIN = b"opd-store weights v1\0"
+_HEAD_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """A causal language model with its tokenizer and identity.
+
+    Axes: B = rows, S = padded length, N = chosen positions, H = hidden size, V = number of logits.
+    """
+
+    model: Any
+    """A `transformers` model with a language-model head."""
+    tokenizer: Any
+    path: Path
+    info: ModelInfo
+    tokenizer_fingerprint: str
+    chat_template_digest: str | None
+    provenance: dict[str, Any]
+    """Content of `opd.json` in the directory, {} without one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the output head, which may exceed the tokenizer's entries."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the position embedding allows."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, from the generation settings and the tokenizer, rising."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return tuple(sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None}))
+
+    def hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor | None, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """[B, S, H] last hidden states, after the final norm."""
+        output = self.model.base_model(
+            input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **kwargs
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] float32 logits through the model's own head: bias, scale and soft-cap included.
+
+        The model's forward runs with its body replaced by one that hands the given hidden states back. So
+        whatever an architecture does between body and logits (Gemma's soft-cap, Cohere's and Granite's
+        scales) is what runs.
+        """
+        with _body_returns_input(self.model):
+            return self.model(inputs_embeds=hidden_NH[None], use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+class _ReturnInput(nn.Module):
+    def forward(
+        self, *_: object, inputs_embeds: Tensor, **__: object
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
+@contextmanager
+def _body_returns_input(model: Any) -> Iterator[None]:  # noqa: ANN401
+    name = model.base_model_prefix
+    body = model._modules[name]
+    model._modules[name] = _ReturnInput()
+    try:
+        yield
+    finally:
+        model._modules[name] = body
+
+
+def load_causal_lm(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> CausalLM:
+    """Load a local Hugging Face directory of a causal language model. Runs no code from it and reaches no
+    network.
+
+    Raises:
+        InvalidArgumentError: not such a directory, no fast tokenizer, or a head that cannot be applied apart.
+    """
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        raise InvalidArgumentError(
+            f"{directory}: not a Hugging Face model directory (no config.json). "
+            "Pass the local directory of a downloaded model."
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=dtype
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidArgumentError(f"{directory}: transformers cannot load it: {error!s:.500}") from error
+    model = model.to(device).eval()
+    loaded = CausalLM(
+        model=model,
+        tokenizer=tokenizer,
+        path=directory,
+        info=ModelInfo(
+            name=directory.resolve().name,
+            weights_digest=weights_digest(model),
+            dtype=str(dtype).removeprefix("torch."),
+            engine="transformers",
+            engine_version=transformers.__version__,
+            logprob_temperature=1.0,
+            logprob_mode="raw",
+        ),
+        tokenizer_fingerprint=_fingerprint(tokenizer, directory),
+        chat_template_digest=_chat_template_digest(tokenizer),
+        provenance=read_provenance(directory),
+    )
+    _check_head(loaded)
+    return loaded
+
+
+def weights_digest(model: nn.Module) -> str:
+    """`sha256:...` over the sorted tensors of a model: name, dtype, shape and bytes. Independent of file
+    layout.
+
+    Tied tensors enter under each of their names, non-persistent buffers not at all.
+    """
+    hasher = hashlib.sha256(_WEIGHTS_DOMAIN)
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().contiguous().cpu()
+        header = f"{name}\0{str(raw.dtype).removeprefix('torch.')}\0".encode()
+        hasher.update(
+            struct.pack("<I", len(header)) + header + struct.pack(f"<{1 + raw.ndim}Q", raw.ndim, *raw.shape)
+        )
+        hasher.update(raw.reshape(-1).view(torch.uint8).numpy())
+    return "sha256:" + hasher.hexdigest()
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """Content of `opd.json` in a model directory, {} if there is none."""
+    try:
+        value = json.loads((directory / PROVENANCE_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InvalidArgumentError(f"{directory / PROVENANCE_FILE}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(f"{directory / PROVENANCE_FILE}: expected a JSON object")
+    return value
+
+
+def _fingerprint(tokenizer: Any, directory: Path) -> str:  # noqa: ANN401
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InvalidArgumentError(
+            f"{directory}: its tokenizer has no tokenizer.json form, so its identity cannot be recorded. "
+            "Convert it with transformers' fast tokenizers."
+        )
+    return opd_store.tokenizer_fingerprint(backend.to_str())
+
+
+def _chat_template_digest(tokenizer: Any) -> str | None:  # noqa: ANN401
+    template = tokenizer.chat_template
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+@torch.no_grad()
+def _check_head(loaded: CausalLM) -> None:
+    ids = torch.arange(4, device=loaded.device).remainder(loaded.vocab_size)[None]
+    expected = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+    try:
+        found = loaded.logits(loaded.hidden(ids, None)[0])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"{loaded.path}: the head of {type(loaded.model).__name__} cannot be applied apart from its body "
+            f"({type(error).__name__}: {error}); this architecture is not supported"
+        ) from error
+    difference = (expected - found).abs().max().item()
+    # NaN weights are not this check's business: they are found, with their place, when something is scored.
+    if difference > _HEAD_TOLERANCE * (1 + expected.abs().max().item()):
+        raise InvalidArgumentError(
+            f"{loaded.path}: applying the head of {type(loaded.model).__name__} to its hidden states "
+            "gives logits "
+            f"that differ by {difference:.3g} from its own; this architecture is not supported"
+        )

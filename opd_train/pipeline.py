@@ -1,0 +1,238 @@
+"""From prompts to rollouts to a scored cache, in chunks that are committed as they are done.
+
+Chunks are cut from the whole input, so a run that was killed and started again commits the same versions,
+with the same digests, as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import opd_store
+from opd_store import (
+    CacheExistsError,
+    CacheMeta,
+    InvalidArgumentError,
+    MismatchError,
+    ModelInfo,
+    Rollout,
+    SamplerInfo,
+    Version,
+    Writer,
+)
+from opd_train.models import CausalLM
+from opd_train.sampling import Prompt, make_processor, sample_rollouts
+from opd_train.scoring import score_rollouts, with_teacher
+
+Progress = Callable[[int, int], None]
+"""Called with (units done, units in all)."""
+CODE_VERSION = f"opd-store {opd_store.__version__}"
+
+
+def roll_out(
+    lm: CausalLM,
+    prompts: Sequence[Prompt],
+    uri: str | os.PathLike[str],
+    sampler: SamplerInfo,
+    *,
+    samples_per_prompt: int = 1,
+    batch_rows: int = 64,
+    commit_rollouts: int = 1024,
+    prompt_dataset: str | None = None,
+    on_progress: Progress | None = None,
+) -> Version:
+    """Sample responses and store them as a cache of unscored rollouts; continues where an earlier call
+    stopped.
+
+    Args:
+        lm: the behaviour policy.
+        sampler: `max_new_tokens` and `seed` have to be set; empty `stop_token_ids` means the model's own.
+        samples_per_prompt: draws per prompt; draw i > 0 has "#i" after its sample_id.
+        on_progress: in rollouts.
+
+    Raises:
+        MismatchError: the cache at `uri` was made with other settings.
+        CacheExistsError, StorageError: as for `opd_store.create`.
+        InvalidRolloutError: a prompt that leaves no room in the context.
+    """
+    sampler = dataclasses.replace(
+        sampler,
+        stop_token_ids=sampler.stop_token_ids or lm.stop_token_ids,
+        engine=lm.info.engine,
+        engine_version=lm.info.engine_version,
+    )
+    sft_teacher = lm.provenance.get("sft_teacher")
+    meta = CacheMeta(
+        vocab_size=lm.vocab_size,
+        tokenizer_fingerprint=lm.tokenizer_fingerprint,
+        chat_template_digest=lm.chat_template_digest,
+        behaviour=dataclasses.replace(
+            lm.info, logprob_temperature=sampler.temperature, logprob_mode="processed"
+        ),
+        reference=lm.info,
+        sampler=sampler,
+        sft_teacher=ModelInfo(**sft_teacher) if sft_teacher else None,
+        prompt_dataset=prompt_dataset,
+        code_version=CODE_VERSION,
+    )
+    draws = [
+        dataclasses.replace(prompt, sample_id=prompt.sample_id if i == 0 else f"{prompt.sample_id}#{i}")
+        for prompt in prompts
+        for i in range(samples_per_prompt)
+    ]
+    repeated = len(draws) - len({draw.sample_id for draw in draws})
+    if repeated:
+        raise InvalidArgumentError(
+            f"prompts: {repeated} of the ids occur twice; every prompt needs its own id"
+        )
+
+    def sample(start: int, end: int) -> Sequence[Rollout]:
+        report = None if on_progress is None else (lambda done: on_progress(start + done, len(draws)))
+        return sample_rollouts(
+            lm, draws[start:end], sampler, first_stream=start, batch_rows=batch_rows, on_batch=report
+        )
+
+    with _open_writer(uri, meta, topk=0) as writer:
+        done = writer.base
+
+        def is_done(start: int, end: int) -> bool:
+            if done is None or end > len(done):
+                return False
+            for draw, rollout in zip(draws[start:end], map(done.__getitem__, range(start, end)), strict=True):
+                prompt = rollout.token_ids[: rollout.prompt_len]
+                if draw.sample_id != rollout.sample_id or not np.array_equal(draw.ids, prompt):
+                    raise MismatchError(
+                        f"{uri}: holds rollouts of other prompts, the first at id "
+                        f"{rollout.sample_id!r:.100}, where "
+                        f"this run has {draw.sample_id!r:.100}; choose another path",
+                        field="prompts",
+                        expected=draw.sample_id,
+                        found=str(rollout.sample_id),
+                    )
+            return True
+
+        return _commit_chunks(writer, len(draws), commit_rollouts, is_done, sample)
+
+
+def score_cache(
+    lm: CausalLM,
+    rollouts: Sequence[Rollout],
+    source: CacheMeta,
+    uri: str | os.PathLike[str],
+    *,
+    topk: int,
+    reference: CausalLM | None = None,
+    sft_teacher: ModelInfo | None = None,
+    licence: str | None = None,
+    batch_tokens: int = 8192,
+    commit_rollouts: int = 512,
+    on_progress: Progress | None = None,
+) -> Version:
+    """Score rollouts with a teacher and store them as a cache; continues where an earlier call stopped.
+
+    Args:
+        lm: the teacher.
+        source: what is known of the rollouts; passes into the new cache.
+        topk: K; 0 stores only the sampled token's log-prob.
+        reference: the behaviour checkpoint, to fill in reference log-probs (raw) and, where the sampler is
+        known and
+            they are missing, behaviour log-probs (processed).
+        sft_teacher: what the behaviour policy was fine-tuned on, where `source` does not say.
+        on_progress: in response tokens.
+
+    Raises:
+        MismatchError: the rollouts were made with another tokenizer, or the cache at `uri` with other
+        settings. InvalidRolloutError: a rollout the model cannot score, or NaN logits, with rollout and
+        position. CacheExistsError, StorageError: as for `opd_store.create`.
+    """
+    for model in (lm, reference):
+        if model is not None and model.tokenizer_fingerprint != source.tokenizer_fingerprint:
+            raise MismatchError(
+                f"tokenizer_fingerprint: the rollouts have {source.tokenizer_fingerprint}, {model.path} has "
+                f"{model.tokenizer_fingerprint}; score with a model of the same tokenizer",
+                field="tokenizer_fingerprint",
+                expected=source.tokenizer_fingerprint,
+                found=model.tokenizer_fingerprint,
+            )
+    meta = dataclasses.replace(
+        source,
+        vocab_size=lm.vocab_size,
+        teacher=lm.info,
+        reference=source.reference if reference is None else reference.info,
+        sft_teacher=source.sft_teacher or sft_teacher,
+        licence=licence or source.licence,
+        code_version=CODE_VERSION,
+    )
+    response_tokens = [rollout.response_len for rollout in rollouts]
+    total = sum(response_tokens)
+
+    def score(start: int, end: int) -> Sequence[Rollout]:
+        chunk = [rollouts[row] for row in range(start, end)]
+        before = sum(response_tokens[:start])
+        report = None if on_progress is None else (lambda done: on_progress(before + done, total))
+        scores = score_rollouts(lm, chunk, topk=topk, batch_tokens=batch_tokens, on_batch=report)
+        scored = [with_teacher(rollout, score) for rollout, score in zip(chunk, scores, strict=True)]
+        return (
+            scored if reference is None else _with_reference(scored, reference, source.sampler, batch_tokens)
+        )
+
+    with _open_writer(uri, meta, topk=topk) as writer:
+
+        def is_done(start: int, end: int) -> bool:
+            return all(rollouts[row] in writer for row in range(start, end))
+
+        return _commit_chunks(writer, len(rollouts), commit_rollouts, is_done, score)
+
+
+def _with_reference(
+    rollouts: Sequence[Rollout], reference: CausalLM, sampler: SamplerInfo | None, batch_tokens: int
+) -> list[Rollout]:
+    raw = score_rollouts(reference, rollouts, batch_tokens=batch_tokens)
+    found: list[dict[str, Any]] = [{"reference_logprob": scores.logprob} for scores in raw]
+    if sampler is not None and any(rollout.behaviour_logprob is None for rollout in rollouts):
+        processor = make_processor(sampler)
+        processed = score_rollouts(reference, rollouts, batch_tokens=batch_tokens, processor=processor)
+        for fields, rollout, scores in zip(found, rollouts, processed, strict=True):
+            if rollout.behaviour_logprob is None:
+                fields["behaviour_logprob"] = scores.logprob
+    return [dataclasses.replace(rollout, **fields) for rollout, fields in zip(rollouts, found, strict=True)]
+
+
+def _open_writer(uri: str | os.PathLike[str], meta: CacheMeta, *, topk: int) -> Writer:
+    try:
+        writer = opd_store.create(uri, meta=meta, topk=topk)
+    except CacheExistsError:
+        if not (Path(uri) / "manifests").is_dir():
+            raise
+        writer = opd_store.append(uri, meta=meta)
+        if writer.schema.topk != topk:
+            raise MismatchError(
+                f"{uri}: topk is {writer.schema.topk} in the cache, but {topk} is to be written; "
+                "choose another path",
+                field="topk",
+                expected=str(topk),
+                found=str(writer.schema.topk),
+            ) from None
+    return writer
+
+
+def _commit_chunks(
+    writer: Writer,
+    n_rollouts: int,
+    chunk: int,
+    is_done: Callable[[int, int], bool],
+    make: Callable[[int, int], Sequence[Rollout]],
+) -> Version:
+    for start in range(0, n_rollouts, chunk):
+        end = min(start + chunk, n_rollouts)
+        # A commit is whole, so either all rollouts of a chunk are there or none.
+        if not is_done(start, end):
+            writer.append_batch(make(start, end))
+            writer.commit()
+    return writer.commit()

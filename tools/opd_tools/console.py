@@ -1,0 +1,142 @@
+"""What every verb shares: safe printing, errors as one line, progress with rate and time left."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, ParamSpec, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from opd_store import CacheExistsError, CacheNotFoundError, InvalidArgumentError, OpdError
+
+P = ParamSpec("P")
+MAX_TEXT = 200
+_PLAIN_EVERY_S = 10.0
+
+
+def printable(text: object, limit: int | None = MAX_TEXT) -> str:
+    """Text from a file, safe for a terminal: control, format and bidi characters escaped, length limited."""
+    shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in str(text))
+    return shown if limit is None or len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output, in ASCII."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=True))
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn our errors into one line on standard error: exit code 1 for data at fault, 2 for usage."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except (InvalidArgumentError, CacheNotFoundError, CacheExistsError) as error:
+            _fail(error, 2)
+        except OpdError as error:
+            _fail(error, 1)
+
+    return run
+
+
+def _fail(error: Exception, code: int) -> None:
+    click.echo(f"opd: {printable(error, None)}", err=True)
+    sys.exit(code)
+
+
+class Meter:
+    """Progress on standard error: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
+        self._console = Console(stderr=True, no_color="NO_COLOR" in os.environ or None)
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(what, total=None, detail="")
+        self._started = self._printed = time.monotonic()
+        self._base: tuple[float, int] | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, total: int, detail: str = "") -> None:
+        """Show how far the work is, with `detail` or else counts and rate."""
+        now = time.monotonic()
+        # A resumed run reports old work first, so the rate counts from the first report on, once there is a
+        # second.
+        since, before = self._base or (self._started, 0)
+        self._base = self._base or (now, done)
+        rate = (done - before) / max(now - since, 1e-9)
+        text = detail or f"{done:,}/{total:,} {self._unit}, {rate:,.0f} {self._unit}/s"
+        self._progress.update(self._task, completed=done, total=total, detail=text)
+        if not self._live and (now - self._printed > _PLAIN_EVERY_S or done >= total):
+            self._printed = now
+            left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
+            click.echo(f"{self._what}: {text}{left}", err=True)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own progress bars and advice out of our output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_model(path: str, *, dtype: str, device: str) -> Any:  # noqa: ANN401
+    """`opd_train.load_causal_lm` with the command line's names for dtype and device."""
+    import torch
+
+    from opd_train import load_causal_lm
+
+    quiet_libraries()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_causal_lm(path, dtype=getattr(torch, dtype), device=device)
+
+
+MODEL_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="Dtype of weights and forward pass; log-probs are always float32.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Where the model runs: auto, cpu, cuda, cuda:1, ...",
+    ),
+)
+
+
+def model_options(function: Callable[P, None]) -> Callable[P, None]:
+    """Add --dtype and --device."""
+    for option in reversed(MODEL_OPTIONS):
+        function = option(function)
+    return function

@@ -1,0 +1,93 @@
+"""`opd inspect`: what a cache is, for whom, and how big."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import opd_store
+from opd_store import Cache, ModelInfo
+from opd_tools.console import command, print_json, printable
+
+
+@click.command("inspect")
+@click.argument("uri")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@command
+def inspect_cache(uri: str, as_json: bool) -> None:
+    """Show what the cache URI holds: size, columns, provenance, teacher consistency. Reads manifest and index
+    only.
+
+    \b
+    Example: opd inspect runs/cache
+    """
+    found = describe(opd_store.open(uri))
+    if as_json:
+        print_json(found)
+        return
+    for title, rows in found.items():
+        click.secho(title, bold=True)
+        for name, value in rows.items():
+            shown = f"{value:,}" if isinstance(value, int | float) else printable(value)
+            click.echo(f"  {name:<20} {shown}")
+
+
+def describe(cache: Cache) -> dict[str, dict[str, Any]]:
+    """Sections of names and values."""
+    from opd_train.identity import teacher_consistency
+
+    meta = cache.meta
+    positions = cache.n_response_tokens
+    per_position = round(cache.n_bytes / positions, 2) if positions else None
+    sampler = meta.sampler
+    return {
+        "cache": {
+            "uri": cache.uri,
+            "version": cache.version,
+            "digest": cache.digest,
+            "rollouts": len(cache),
+            "tokens": cache.n_tokens,
+            "response tokens": positions,
+            "shards": cache.n_shards,
+            "bytes": cache.n_bytes,
+            "bytes per position": per_position,
+        },
+        "top-k": {
+            "ranks": cache.topk,
+            "rank bands end at": ", ".join(map(str, cache.schema.bands)) or "none",
+            "encoding": cache.encoding if cache.topk else "none",
+            "largest error": "0 (exact float32)" if cache.topk else "none",
+            "user columns": ", ".join(f"{n} ({t})" for n, t in sorted(cache.schema.user_columns.items()))
+            or "none",
+        },
+        "provenance": {
+            "teacher": _model(meta.teacher),
+            "SFT teacher": _model(meta.sft_teacher),
+            "teacher consistency": teacher_consistency(meta),
+            "behaviour policy": _model(meta.behaviour),
+            "reference policy": _model(meta.reference),
+            "sampler": "unknown" if sampler is None else _sampler(sampler),
+            "full support": "unknown" if sampler is None else ("yes" if sampler.full_support else "no"),
+            "vocabulary": meta.vocab_size,
+            "tokenizer": meta.tokenizer_fingerprint,
+            "chat template": meta.chat_template_digest or "none",
+            "prompts": meta.prompt_dataset or "unknown",
+            "licence": meta.licence or "unknown",
+            "written by": meta.code_version or "unknown",
+        },
+    }
+
+
+def _model(info: ModelInfo | None) -> str:
+    if info is None:
+        return "unknown"
+    digest = (info.weights_digest or "digest unknown")[:23]
+    return ", ".join(part for part in (info.name, digest, info.dtype, info.engine) if part)
+
+
+def _sampler(sampler: opd_store.SamplerInfo) -> str:
+    parts = [f"temperature {sampler.temperature:g}", f"top-p {sampler.top_p:g}"]
+    if sampler.top_k is not None:
+        parts.append(f"top-k {sampler.top_k}")
+    return ", ".join([*parts, f"at most {sampler.max_new_tokens} tokens", f"seed {sampler.seed}"])

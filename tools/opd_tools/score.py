@@ -1,0 +1,76 @@
+"""`opd score`: a teacher's log-probs of rollouts, into a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from opd_tools.console import Meter, command, load_model, model_options, printable
+
+
+@click.command("score")
+@click.argument("teacher")
+@click.argument("rollouts")
+@click.argument("out")
+@click.option("--topk", default=64, show_default=True, help="Ranks stored per position; 0 stores none.")
+@click.option("--reference", help="Directory of the behaviour checkpoint, to fill in its log-probs.")
+@click.option(
+    "--sft-teacher",
+    help="Directory of the model whose samples the student was fine-tuned on, if not recorded.",
+)
+@click.option("--licence", help="Terms the teacher's outputs come under, for the record.")
+@click.option("--batch-tokens", default=8192, show_default=True, help="Padded tokens per forward pass.")
+@click.option("--commit-every", default=512, show_default=True, help="Rollouts per commit.")
+@model_options
+@command
+def score(
+    teacher: str,
+    rollouts: str,
+    out: str,
+    topk: int,
+    reference: str | None,
+    sft_teacher: str | None,
+    licence: str | None,
+    batch_tokens: int,
+    commit_every: int,
+    dtype: str,
+    device: str,
+) -> None:
+    """Score ROLLOUTS with TEACHER into the cache OUT.
+
+    TEACHER is a Hugging Face directory. ROLLOUTS is a cache from `opd rollouts`, or JSONL whose first line is
+    {"rollouts": 1, "tokenizer_fingerprint": "sha256:...", "vocab_size": N} and whose other lines have
+    `prompt_ids`, `response_ids` and optionally `id`, `behaviour_logprob`, `reference_logprob`, `loss_mask`,
+    `finish_reason`. A killed run goes on when the same command is given again; committed rollouts are not
+    scored twice.
+
+    \b
+    Example: opd score models/teacher runs/rollouts runs/cache --topk 64
+    """
+    import opd_store
+    from opd_train import read_rollouts, score_cache
+
+    if Path(rollouts).is_file():
+        meta, found = read_rollouts(rollouts)
+    else:
+        cache = opd_store.open(rollouts)
+        meta, found = cache.meta, cache  # type: ignore[assignment]
+    lm = load_model(teacher, dtype=dtype, device=device)
+    with Meter("scoring", "tokens") as meter:
+        version = score_cache(
+            lm,
+            found,
+            meta,
+            out,
+            topk=min(topk, lm.vocab_size),
+            reference=None if reference is None else load_model(reference, dtype=dtype, device=device),
+            sft_teacher=None
+            if sft_teacher is None
+            else load_model(sft_teacher, dtype=dtype, device=device).info,
+            licence=licence,
+            batch_tokens=batch_tokens,
+            commit_rollouts=commit_every,
+            on_progress=meter.update,
+        )
+    click.echo(printable(version.uri, None))

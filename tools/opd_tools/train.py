@@ -1,0 +1,185 @@
+"""`opd train`: distil a student, from a cache or from a live teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from opd_store import InvalidArgumentError
+from opd_tools.console import Meter, command, load_model, printable
+
+if TYPE_CHECKING:
+    from opd_train import CausalLM, Stopwatch
+    from opd_train.trainer import BatchSource
+
+OBJECTIVES = ["lightning", "forward_kl", "reverse_kl", "cross_entropy"]
+CORRECTIONS = ["none", "token_tis"]
+
+
+@click.command("train")
+@click.argument("cache", required=False)
+@click.option("--student", required=True, help="Hugging Face directory to start from.")
+@click.option("--out", required=True, help="Directory for checkpoints, metrics.jsonl and the final model.")
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    help="What to minimise. Default: forward_kl if the cache has top-k, else lightning with token_tis.",
+)
+@click.option("--correction", type=click.Choice(CORRECTIONS), help="Importance weights. Default: none.")
+@click.option("--cap", default=2.0, show_default=True, help="Largest importance weight of token_tis.")
+@click.option("--clip", default=10.0, show_default=True, help="Largest advantage of lightning, in nats.")
+@click.option("--steps", type=int, required=True, help="Optimizer steps.")
+@click.option("--lr", default=2e-6, show_default=True, help="Peak learning rate, constant after warm-up.")
+@click.option("--warmup-steps", default=0, show_default=True, help="Steps of linear warm-up.")
+@click.option("--weight-decay", default=0.1, show_default=True, help="AdamW weight decay.")
+@click.option("--grad-clip", default=1.0, show_default=True, help="Largest gradient norm; 0 for none.")
+@click.option("--batch-tokens", default=16384, show_default=True, help="Most tokens per batch.")
+@click.option("--batch-rollouts", type=int, help="Most rollouts per batch; with --live, exactly so many.")
+@click.option("--accumulate", default=1, show_default=True, help="Batches per step, one denominator.")
+@click.option("--ranks", type=int, help="Cached ranks to use. Default: all.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the shuffle and of live draws.")
+@click.option("--save-every", default=0, show_default=True, help="Steps between checkpoints; 0: at the end.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory.")
+@click.option("--bf16", is_flag=True, help="bfloat16 forward and backward over float32 weights; for GPUs.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--allow-mismatch",
+    multiple=True,
+    metavar="FIELD",
+    help="Train although this field of cache and student differs; recorded in the checkpoint. Repeatable.",
+)
+@click.option("--live", is_flag=True, help="No cache: fresh rollouts and a teacher in memory at each step.")
+@click.option("--teacher", help="With --live: the teacher's directory.")
+@click.option("--prompts", help="With --live: prompts as JSONL.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="With --live: longest response.")
+@click.option("--topk", default=64, show_default=True, help="With --live and a KL objective: ranks to score.")
+@command
+def train(cache: str | None, student: str, out: str, live: bool, device: str, **options: Any) -> None:  # noqa: ANN401
+    """Distil the model --student from CACHE, without a teacher in memory.
+
+    Refuses a cache of another tokenizer, vocabulary, chat template, temperature or teacher, unless the field
+    is named with --allow-mismatch. A killed run goes on from its newest checkpoint when the same command is
+    given again, and ends in the same weights. The result is OUT/final, a Hugging Face directory.
+
+    \b
+    Example: opd train runs/cache --student models/student --out runs/distilled --steps 150
+    """
+    from opd_train import DistillConfig, Stopwatch, Trainer
+
+    if live == (cache is not None):
+        raise InvalidArgumentError("give either CACHE, or --live with --teacher and --prompts")
+    lm = load_model(student, dtype="float32", device=device)
+    stopwatch = Stopwatch()
+    prepare = _live if live else _offline
+    source, fields, provenance = prepare(cache, lm, stopwatch, options)
+    config = DistillConfig(
+        steps=options["steps"],
+        clip=options["clip"],
+        lr=options["lr"],
+        warmup_steps=options["warmup_steps"],
+        weight_decay=options["weight_decay"],
+        grad_clip=options["grad_clip"],
+        accumulate=options["accumulate"],
+        gradient_checkpointing=options["gradient_checkpointing"],
+        autocast=options["bf16"],
+        save_every=options["save_every"],
+        seed=options["seed"],
+        **fields,
+    )
+    with Meter("training", "steps") as meter:
+
+        def show(step: int, metrics: dict[str, float]) -> None:
+            meter.update(step, config.steps, f"step {step}/{config.steps} {progress_line(metrics)}")
+
+        trainer = Trainer(
+            lm,
+            source,
+            config,
+            out=Path(out),
+            provenance=provenance,
+            stopwatch=stopwatch,
+            on_step=show,
+        )
+        trainer.run()
+    click.echo(printable(trainer.final_dir, None))
+
+
+def progress_line(metrics: dict[str, float]) -> str:
+    """The figures worth watching, in one line."""
+    names = {"loss": "loss", "forward_kl": "KL", "log_gap": "gap", "ess": "ESS", "ratio_mean": "ratio"}
+    shown = [f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics]
+    return ", ".join([*shown, f"{metrics['tokens_per_s']:,.0f} tokens/s"])
+
+
+Prepared = tuple["BatchSource", dict[str, Any], dict[str, Any]]
+
+
+def _objective(options: dict[str, Any], *, topk: int) -> dict[str, Any]:
+    from opd_train import CorrectionConfig, CorrectionKind, Objective, resolve_objective
+
+    objective = Objective(options["objective"]) if options["objective"] else None
+    correction = None
+    if options["correction"]:
+        correction = CorrectionConfig(kind=CorrectionKind(options["correction"]), cap=options["cap"])
+    chosen, correction = resolve_objective(objective, correction, topk=topk)
+    return {"objective": chosen, "correction": correction}
+
+
+def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
+    import opd_store
+    from opd_train import CacheStream, Objective, check_cache
+
+    assert uri is not None
+    cache = opd_store.open(uri)
+    fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
+    allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"])
+    needs_topk = fields["objective"].needs_topk
+    stream = CacheStream(
+        cache,
+        batch_tokens=options["batch_tokens"],
+        batch_rollouts=options["batch_rollouts"],
+        seed=options["seed"],
+        ranks=options["ranks"] if needs_topk else 0,
+        epochs=None,
+        device=lm.device,
+    )
+    teacher = cache.meta.sft_teacher
+    if fields["objective"] is Objective.CROSS_ENTROPY:
+        teacher = cache.meta.behaviour
+    provenance = {
+        "cache": cache.digest,
+        "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
+        "sft_teacher": None if teacher is None else dataclasses.asdict(teacher),
+    }
+    return stream, fields, provenance
+
+
+def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
+    from opd_store import SamplerInfo
+    from opd_train import LiveSource, read_prompts
+
+    if not options["teacher"] or not options["prompts"]:
+        raise InvalidArgumentError("--live needs --teacher and --prompts")
+    teacher = load_model(options["teacher"], dtype="float32", device=str(lm.device))
+    fields = _objective(options, topk=min(options["topk"], teacher.vocab_size))
+    sampler = SamplerInfo(
+        max_new_tokens=options["max_new_tokens"], seed=options["seed"], stop_token_ids=lm.stop_token_ids
+    )
+    source = LiveSource(
+        lm,
+        teacher,
+        read_prompts(options["prompts"], lm),
+        sampler,
+        batch_rollouts=options["batch_rollouts"] or 64,
+        topk=min(options["topk"], teacher.vocab_size) if fields["objective"].needs_topk else 0,
+        batch_tokens=options["batch_tokens"],
+        stopwatch=stopwatch,
+    )
+    provenance = {
+        "live_teacher": dataclasses.asdict(teacher.info),
+        "sft_teacher": lm.provenance.get("sft_teacher"),
+    }
+    return source, fields, provenance

@@ -1,0 +1,43 @@
+"""`opd verify`: read every byte and check every promise."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+import opd_store
+from opd_tools.console import Meter, command, print_json, printable
+
+
+@click.command("verify")
+@click.argument("uri")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@command
+def verify_cache(uri: str, as_json: bool) -> None:
+    """Read every byte of the cache URI: checksums, digests, lengths, values, hashes, history. Writes nothing.
+
+    Exits with 1 if anything is wrong, after checking the rest. URI may be pinned, as path@sha256:...
+
+    \b
+    Example: opd verify runs/cache
+    """
+    with Meter("verifying", "rollouts") as meter:
+        report = opd_store.verify(uri, on_progress=meter.update)
+    if as_json:
+        fields = ("uri", "digest", "versions", "shards", "rollouts", "response_tokens", "n_bytes", "ok")
+        print_json(
+            {name: getattr(report, name) for name in fields}
+            | {"problems": [{"error": type(p).__name__, "message": str(p)} for p in report.problems]}
+        )
+    else:
+        for problem in report.problems:
+            click.echo(f"{type(problem).__name__}: {printable(problem, None)}", err=True)
+        click.echo(
+            f"{'ok' if report.ok else 'DAMAGED'}: {report.rollouts:,} rollouts, "
+            f"{report.response_tokens:,} response "
+            f"tokens, {report.n_bytes:,} bytes in {report.shards} shards, {report.versions} versions"
+        )
+        click.echo(printable(report.digest))
+    if not report.ok:
+        sys.exit(1)
