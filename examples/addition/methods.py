@@ -1,0 +1,187 @@
+"""The compared ways to distil, each a function of a seed, run in a worker process with one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import models
+import task
+import torch
+
+import opd_store
+from opd_store import Rollout, SamplerInfo
+from opd_train import (
+    CacheStream,
+    CausalLM,
+    CorrectionConfig,
+    CorrectionKind,
+    DistillConfig,
+    LiveSource,
+    Objective,
+    Prompt,
+    Stopwatch,
+    Trainer,
+    check_cache,
+    read_prompts,
+    sample_rollouts,
+    sequence_kl,
+)
+
+STEPS = 150
+BATCH = 128
+LR = 2e-4
+TOPK = 8
+CURVE_EVERY = 50
+CURVE_PROBLEMS, FINAL_PROBLEMS, KL_PROBLEMS = 400, 2000, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    objective: Objective
+    correction: CorrectionKind = CorrectionKind.NONE
+    teacher: str = "teacher"
+    """Which teacher scored the cache, or is live."""
+    live: bool = False
+
+
+METHODS = (
+    Method(name="live OPD, sampled token", objective=Objective.LIGHTNING, live=True),
+    Method(name="live OPD, top-8 forward KL", objective=Objective.FORWARD_KL, live=True),
+    Method(name="Lightning, w = 1", objective=Objective.LIGHTNING),
+    Method(
+        name="Lightning, truncated weights",
+        objective=Objective.LIGHTNING,
+        correction=CorrectionKind.TOKEN_TIS,
+    ),
+    Method(name="top-8 with tail, forward KL", objective=Objective.FORWARD_KL),
+    Method(name="top-8 with tail, reverse KL", objective=Objective.REVERSE_KL),
+    Method(name="inconsistent teacher, w = 1", objective=Objective.LIGHTNING, teacher="other-teacher"),
+    Method(
+        name="inconsistent teacher, forward KL", objective=Objective.FORWARD_KL, teacher="other-teacher"
+    ),
+)
+
+
+@dataclass
+class Result:
+    """What one method gave for one seed."""
+
+    method: str
+    seed: int
+    n_correct: int
+    n_problems: int
+    kl: float
+    """KL(student || teacher) of whole responses, nats, on samples of the student."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By activity. Offline, sampling and scoring of the cache count in full."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Accuracy and KL against steps and seconds."""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    """The trainer's own, each step."""
+
+
+def greedy(lm: CausalLM, n: int | None = None) -> SamplerInfo:
+    """Settings of the demo's sampler: temperature 0."""
+    return SamplerInfo(
+        temperature=0.0,
+        max_new_tokens=task.MAX_RESPONSE_TOKENS + 1,
+        stop_token_ids=lm.stop_token_ids,
+        seed=0,
+    )
+
+
+def count_correct(lm: CausalLM, prompts: Sequence[Prompt]) -> int:
+    """Greedy answers judged by the final number only."""
+    rollouts = sample_rollouts(lm, prompts, greedy(lm), batch_rows=512)
+    texts = lm.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    return sum(task.answer_of(text) == int(str(r.label)) for r, text in zip(rollouts, texts, strict=True))
+
+
+def distance(lm: CausalLM, teacher: CausalLM, prompts: Sequence[Prompt]) -> float:
+    """KL(student || teacher) of whole responses, on one sample per prompt."""
+    sampler = SamplerInfo(
+        max_new_tokens=task.MAX_RESPONSE_TOKENS + 1, stop_token_ids=lm.stop_token_ids, seed=1
+    )
+    rollouts: list[Rollout] = sample_rollouts(lm, prompts, sampler, batch_rows=512)
+    return sequence_kl(lm, teacher, rollouts, batch_tokens=32768).mean
+
+
+def evaluate_student(root: Path) -> Result:
+    """The starting point of every method."""
+    _one_thread()
+    student, teacher = models.load(root / "student"), models.load(root / "teacher")
+    test = read_prompts(root / "test.jsonl", student)
+    correct = count_correct(student, test[:FINAL_PROBLEMS])
+    kl = distance(student, teacher, test[:KL_PROBLEMS])
+    return Result("SFT student", 0, correct, FINAL_PROBLEMS, kl)
+
+
+def run_method(root: Path, method: Method, seed: int, cache_seconds: dict[str, float]) -> Result:
+    """Train one student by one method and measure it."""
+    _one_thread()
+    student, reference = models.load(root / "student"), models.load(root / "teacher")
+    test = read_prompts(root / "test.jsonl", student)
+    stopwatch = Stopwatch()
+    config = DistillConfig(
+        objective=method.objective,
+        correction=CorrectionConfig(kind=method.correction),
+        steps=STEPS,
+        lr=LR,
+        weight_decay=0.0,
+        seed=seed,
+    )
+    if method.live:
+        source: Any = LiveSource(
+            student,
+            models.load(root / method.teacher),
+            read_prompts(root / "prompts.jsonl", student),
+            SamplerInfo(
+                max_new_tokens=task.MAX_RESPONSE_TOKENS + 1, stop_token_ids=student.stop_token_ids, seed=seed
+            ),
+            batch_rollouts=BATCH,
+            topk=TOPK if method.objective.needs_topk else 0,
+            stopwatch=stopwatch,
+        )
+    else:
+        cache = opd_store.open(root / f"cache-{method.teacher}-{seed}")
+        # The inconsistent teacher is refused unless this field is named; the demo shows the refusal.
+        allow = ("teacher_consistency",) if method.teacher != "teacher" else ()
+        check_cache(cache.meta, student, allow=allow)
+        ranks = TOPK if method.objective.needs_topk else 0
+        source = CacheStream(cache, batch_rollouts=BATCH, seed=seed, ranks=ranks, epochs=None)
+        stopwatch.seconds.update(cache_seconds)
+
+    result = Result(method.name, seed, 0, FINAL_PROBLEMS, 0.0)
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        result.metrics.append({"step": step, **metrics})
+        if step % CURVE_EVERY == 0 and step < STEPS:
+            measure(step, CURVE_PROBLEMS, CURVE_PROBLEMS)
+
+    def measure(step: int, n_problems: int, n_kl: int) -> None:
+        student.model.eval()
+        result.n_correct = count_correct(student, test[:n_problems])
+        result.kl = distance(student, reference, test[:n_kl])
+        result.curve.append(
+            {
+                "step": step,
+                "seconds": sum(stopwatch.seconds.values()),
+                "accuracy": result.n_correct / n_problems,
+                "kl": result.kl,
+            }
+        )
+
+    Trainer(student, source, config, stopwatch=stopwatch, on_step=on_step).run()
+    measure(STEPS, FINAL_PROBLEMS, KL_PROBLEMS)
+    result.seconds = dict(stopwatch.seconds)
+    return result
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
