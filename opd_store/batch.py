@@ -132,9 +132,10 @@ class BatchView:
         for name in SCALARS:
             if name not in ("rollout_hash", "prompt_len") and (wanted is None or name in wanted):
                 fields[name] = self._batch.column(name)[row].as_py()
-        users = (name for name in self._schema.user_columns if wanted is None or name in wanted)
-        extra = ((name, self._batch.column(name)[row].as_py()) for name in users)
-        fields["extra"] = {name: value for name, value in extra if value is not None}
+        users = [name for name in self._schema.user_columns if wanted is None or name in wanted]
+        if users:
+            extra = {name: self._batch.column(name)[row].as_py() for name in users}
+            fields["extra"] = {name: value for name, value in extra.items() if value is not None}
         return Rollout(**fields)
 
 

@@ -183,10 +183,20 @@ class BatchBuilder:
                         rollout, band_column(start, end), f"a page of at most {limit} bytes", len(page)
                     )
                 row[band_column(start, end)] = page
+        sizes = (
+            value.nbytes if isinstance(value, np.ndarray) else len(value)
+            for value in row.values()
+            if isinstance(value, bytes | str | np.ndarray)
+        )
+        n_bytes = sum(sizes)
+        # Together with the largest batch_bytes, well below the limit of a record batch.
+        if n_bytes > layout.MAX_BATCH_BYTES // 4:
+            raise _invalid(
+                rollout, "token_ids", f"at most {layout.MAX_BATCH_BYTES // 4} bytes a rollout", n_bytes
+            )
         for name, value in row.items():
             self._values[name].append(value)
-            if isinstance(value, bytes | str | np.ndarray):
-                self.n_bytes += value.nbytes if isinstance(value, np.ndarray) else len(value)
+        self.n_bytes += n_bytes
 
     def _user_values(self, rollout: Rollout) -> dict[str, Scalar | None]:
         unknown = rollout.extra.keys() - self._schema.user_columns.keys()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.errors import FormatError
-from opd_store.shard import Region, ShardInfo, check_regions, require_no_nulls
+from opd_store.shard import Region, ShardInfo, check_regions, require_in_place, require_no_nulls
 
 
 def _list_of(kind: pa.DataType) -> pa.DataType:
@@ -170,10 +170,12 @@ class RolloutTable:
             yield int(self.shard[index]), int(self.row[index])
             index += 1
 
-    def sorted_hashes(self) -> bool:
-        """Whether the table is in the order that `find` relies on."""
+    def in_order(self) -> bool:
+        """Whether the table is in the order that `find` relies on: by hash, then by place."""
         view = self.hashes.reshape(-1, layout.HASH_BYTES).view(f"S{layout.HASH_BYTES}").ravel()
-        return bool((view[1:] >= view[:-1]).all())
+        place = self.shard.astype(np.uint64) << np.uint64(32) | self.row
+        rising = (view[1:] > view[:-1]) | ((view[1:] == view[:-1]) & (place[1:] > place[:-1]))
+        return bool(rising.all())
 
 
 def _encode(schema: pa.Schema, columns: list[Any]) -> bytes:
@@ -191,10 +193,11 @@ def _decode(buffer: pa.Buffer, schema: pa.Schema, where: str) -> pa.RecordBatch:
     try:
         reader = pa.ipc.open_file(buffer)
         if not reader.schema.equals(schema, check_metadata=True) or reader.num_record_batches != 1:
-            raise FormatError(f"{where}: not an index file of this format:\n{reader.schema}")
+            raise FormatError(f"{where}: not an index file of this format: {reader.schema!s:.200}")
         batch = reader.get_batch(0)
         batch.validate(full=True)
         require_no_nulls(batch)
+        require_in_place(batch, buffer)
     except FormatError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

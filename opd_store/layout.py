@@ -24,7 +24,6 @@ DEFAULT_BAND_ENDS = (8, 16, 32, 64, 128)
 HASH_BYTES = 32
 ROLLOUT_HASH_DOMAIN = b"opd-store rollout v1\0"
 TOKENIZER_HASH_DOMAIN = b"opd-store tokenizer v1\0"
-WEIGHTS_HASH_DOMAIN = b"opd-store weights v1\0"
 
 MANIFEST_DIR = "manifests"
 INDEX_DIR = "index"

@@ -32,6 +32,8 @@ class Manifest:
     segments: tuple[SegmentRef, ...]
     required_features: tuple[str, ...] = ()
     optional_features: tuple[str, ...] = ()
+    newer: bool = False
+    """Of a higher minor version: readable, but this release would lose what it does not know."""
 
     @property
     def rows(self) -> int:
@@ -102,7 +104,9 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         "checksum": str,
     }
     _check_object(value, expected, where, allow_unknown=newer)
-    unknown = sorted(set(map(str, value["required_features"])) - KNOWN_FEATURES)
+    if not all(isinstance(item, str) for item in value["required_features"] + value["optional_features"]):
+        raise FormatError(f"{where}: a feature that is not a name", uri=where)
+    unknown = sorted(set(value["required_features"]) - KNOWN_FEATURES)
     if unknown:
         raise UnsupportedVersionError(
             f"{where}: needs feature {unknown[0]!r:.100}; upgrade opd-store", uri=where
@@ -119,14 +123,19 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         raise FormatError(
             f"{where}: {len(value['segments'])} segments, the limit is {layout.MAX_SEGMENTS}", uri=where
         )
+    meta = CacheMeta.from_json(value["meta"], where=f"{where}: meta", allow_unknown=newer)
+    schema = CacheSchema.from_json(value["schema"], where=f"{where}: schema")
+    if schema.topk > meta.vocab_size:
+        raise FormatError(f"{where}: {schema.topk} ranks of a vocabulary of {meta.vocab_size}", uri=where)
     return Manifest(
         sequence=value["sequence"],
         parent=value["parent"],
-        meta=CacheMeta.from_json(value["meta"], where=f"{where}: meta", allow_unknown=newer),
-        schema=CacheSchema.from_json(value["schema"], where=f"{where}: schema"),
+        meta=meta,
+        schema=schema,
         segments=tuple(_segment_from_json(item, where, newer) for item in value["segments"]),
         required_features=tuple(value["required_features"]),
         optional_features=tuple(value["optional_features"]),
+        newer=newer,
     )
 
 

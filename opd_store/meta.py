@@ -43,6 +43,15 @@ class ModelInfo:
         if self.weights_digest is not None:
             digest_to_raw(self.weights_digest, what=f"weights_digest of {self.name!r:.80}")
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object without the unknown fields."""
+        return typing.cast(dict[str, Any], _dump(self))
+
+    @classmethod
+    def from_json(cls, value: object, *, where: str) -> ModelInfo:
+        """Read a description from parsed JSON; `where` names its source in errors. Raises FormatError."""
+        return _load(cls, value, where, allow_unknown=False)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerInfo:

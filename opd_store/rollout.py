@@ -102,8 +102,8 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
         ids = array_of(field_name, value)
         if ids.shape != shape or ids.dtype.kind not in "iu":
             refuse(field_name, f"integers of shape {list(shape)}", f"{ids.dtype} of shape {list(ids.shape)}")
-        wrong = (ids < 0) | (ids >= vocab_size)
-        if wrong.any():
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            wrong = (ids < 0) | (ids >= vocab_size)
             at = int(np.argmax(wrong.reshape(len(ids), -1).any(axis=1)))
             found = int(ids[wrong][0])
             refuse(field_name, f"ids in [0, vocab_size {vocab_size})", found, at)
@@ -119,8 +119,9 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
             )
         with np.errstate(over="ignore"):  # becomes -inf or inf, and is refused below where it is wrong
             values = np.ascontiguousarray(values, np.float32)
-        wrong = ~((values <= 0) & (values >= low))
-        if wrong.any():
+        # NaN makes the comparison false.
+        if not low <= values.min(initial=0) <= values.max(initial=low) <= 0:
+            wrong = ~((values <= 0) & (values >= low))
             at = int(np.argmax(wrong.reshape(len(values), -1).any(axis=1)))
             refuse(field_name, "log-probs that are finite and <= 0", values[wrong][0], at)
         return values

@@ -6,6 +6,7 @@ Region 0 is the magic and the schema, the last one the footer, those between are
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,7 +175,11 @@ class ShardReader:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FormatError(f"{uri}: its schema does not parse: {error}", uri=uri) from error
         if not stored.equals(schema, check_metadata=True):
-            raise FormatError(f"{uri}: columns differ from those the manifest declares:\n{stored}", uri=uri)
+            pairs = itertools.zip_longest(map(str, stored), map(str, schema))
+            found, expected = next((pair for pair in pairs if pair[0] != pair[1]), ("other metadata", "none"))
+            raise FormatError(
+                f"{uri}: column {found!s:.100}, but the manifest declares {expected!s:.100}", uri=uri
+            )
 
     def _checked(self, region: Region) -> pa.Buffer:
         view = self._buffer.slice(region.offset, region.length)
@@ -204,6 +209,7 @@ class ShardReader:
             batch = pa.ipc.read_record_batch(view, self._schema)
             batch.validate(full=True)
             require_no_nulls(batch)
+            require_in_place(batch, view)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FormatError(
                 f"{self.uri}: record batch {number} does not parse: {error}", uri=self.uri
@@ -227,12 +233,26 @@ def require_no_nulls(batch: pa.RecordBatch) -> None:
             raise ValueError(f"column {declared.name} has {nulls} nulls, but is declared without")
 
 
+def require_in_place(batch: pa.RecordBatch, view: pa.Buffer) -> None:
+    """Raise ValueError where Arrow had to make a copy: a compressed or big-endian body."""
+    for declared, column in zip(batch.schema, batch.columns, strict=True):
+        for buffer in column.buffers():
+            if buffer is None or not buffer.size:
+                continue
+            if not view.address <= buffer.address <= view.address + view.size - buffer.size:
+                raise ValueError(f"column {declared.name} is compressed or big-endian")
+
+
 def check_regions(regions: tuple[Region, ...], n_bytes: int, rows: int, *, where: str) -> None:
     """Raise FormatError unless the regions cover [0, n_bytes) without gap or overlap and hold `rows` rows."""
     position = 0
     for region in regions:
         if region.offset != position or region.length <= 0:
             raise FormatError(f"{where}: region at {region.offset}, expected at {position}")
+        if region.length > layout.MAX_BATCH_BYTES:
+            raise FormatError(
+                f"{where}: a region of {region.length} bytes, the limit is {layout.MAX_BATCH_BYTES}"
+            )
         position += region.length
     if len(regions) < 2 or position != n_bytes:
         raise FormatError(f"{where}: {len(regions)} regions end at {position}, the file at {n_bytes}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from opd_store import layout
 from opd_store.batch import BatchView
@@ -61,7 +62,7 @@ def verify(
     report.problems += _check_history(storage, cache, report)
     for number in range(len(cache.manifest.segments)):
         try:
-            if not cache.rollout_table(number).sorted_hashes():
+            if not cache.rollout_table(number).in_order():
                 where = storage.describe(cache.manifest.segments[number].rollouts.path)
                 raise FormatError(f"{where}: not sorted by hash")
         except OpdError as error:
@@ -109,22 +110,28 @@ def _check_shard(
     reader = ShardReader(buffer, info, arrow_schema(cache.schema), uri=uri)
     tokens = response_tokens = 0
     intact = True
-    for number in range(sum(1 for region in info.regions if region.rows)):
+    footer = _open_footer(buffer, info, uri)
+    for number, region in enumerate(region for region in info.regions if region.rows):
+        batch_row, first_row = first_row, first_row + region.rows
         try:
-            view = BatchView(reader.batch(number), cache.schema, where=f"{uri}, record batch {number}")
+            batch = reader.batch(number)
+            if not footer.get_batch(number).equals(batch):
+                raise FormatError(
+                    f"{uri}: the footer has another record batch {number} than the index", uri=uri
+                )
+            view = BatchView(batch, cache.schema, where=f"{uri}, record batch {number}")
         except OpdError as error:
             yield error
             intact = False
             continue
         for row in range(view.n_rows):
             try:
-                tokens += len(_check_row(cache, view, row, first_row + row))
+                tokens += len(_check_row(cache, view, row, batch_row + row))
                 response_tokens += view.response_len(row)
             except OpdError as error:
                 yield error
                 intact = False
         report.rollouts += view.n_rows
-        first_row += view.n_rows
     report.response_tokens += response_tokens
     if intact and (tokens, response_tokens) != (info.tokens, info.response_tokens):
         yield FormatError(
@@ -134,6 +141,21 @@ def _check_shard(
         )
     if file_digest(buffer) != info.sha256:
         yield IntegrityError(f"{uri}: its SHA-256 is not its name. Fetch this shard again.", uri=uri)
+
+
+def _open_footer(buffer: pa.Buffer, info: ShardInfo, uri: str) -> pa.RecordBatchFileReader:
+    """The shard as other Arrow tools read it: by its footer, which this package does not use."""
+    try:
+        footer = pa.ipc.open_file(buffer)
+        n_batches = footer.num_record_batches
+        for number in range(n_batches):
+            footer.get_batch(number)
+    except (pa.ArrowException, OSError) as error:
+        raise FormatError(f"{uri}: does not parse as an Arrow file: {error}", uri=uri) from error
+    expected = sum(1 for region in info.regions if region.rows)
+    if n_batches != expected:
+        raise FormatError(f"{uri}: the footer has {n_batches} record batches, the index {expected}", uri=uri)
+    return footer
 
 
 def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> np.ndarray:

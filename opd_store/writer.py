@@ -19,6 +19,7 @@ from opd_store.errors import (
     InvalidArgumentError,
     MismatchError,
     OpdError,
+    UnsupportedVersionError,
 )
 from opd_store.hashing import rollout_hash
 from opd_store.index import (
@@ -120,14 +121,24 @@ def append(
     Raises:
         CacheNotFoundError: nothing to continue.
         MismatchError: `meta` differs from the cache's, with the field and both values.
+        UnsupportedVersionError: a newer release wrote it.
     """
     storage, pin = resolve(uri)
     if pin is not None:
         raise InvalidArgumentError(f"{uri}: a pinned version cannot be written to")
     cache = Cache(storage, *load_manifest(storage))
+    _require_known(cache)
     if meta is not None:
         require_equal_meta(cache, meta)
     return Writer(storage, cache.meta, cache.schema, cache, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+
+
+def _require_known(cache: Cache) -> None:
+    if cache.manifest.newer or cache.manifest.optional_features:
+        raise UnsupportedVersionError(
+            f"{cache.uri}: version {cache.version} was written by a newer release, and a version by this one "
+            "would lose what that added; upgrade opd-store to append"
+        )
 
 
 def require_equal_meta(cache: Cache, meta: CacheMeta) -> None:
@@ -309,6 +320,7 @@ class Writer:
     def _rebase(self) -> None:
         manifest, digest = load_manifest(self._storage)
         other = Cache(self._storage, manifest, digest)
+        _require_known(other)
         require_equal_meta(other, self.meta)
         if other.schema != self.schema:
             raise MismatchError(

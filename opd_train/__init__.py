@@ -1,6 +1,7 @@
 """Everything that needs torch: sampling, scoring, streaming, corrections, losses, the trainer."""
 
 from opd_train.batches import TeacherBatch, collate
+from opd_train.checkpoint import save_model
 from opd_train.corrections import CorrectionConfig, CorrectionKind, correction_weights
 from opd_train.evaluation import Estimate, accuracy, cache_divergence, sequence_kl
 from opd_train.head import topk_logprobs
@@ -41,6 +42,7 @@ __all__ = [
     "roll_out",
     "sample_rollouts",
     "sampled_token_loss",
+    "save_model",
     "score_cache",
     "score_rollouts",
     "sequence_kl",

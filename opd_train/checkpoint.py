@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +92,13 @@ def load_tensors(
     try:
         safetensors.torch.load_model(lm.model, checkpoint / WEIGHTS_FILE, device=str(lm.device))
         tensors = safetensors.torch.load_file(checkpoint / OPTIMIZER_FILE, device=str(lm.device))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        content = optimizer.state_dict()
+        content["state"] = {}
+        for name, tensor in tensors.items():
+            index, _, field = name.partition(".")
+            content["state"].setdefault(int(index), {})[field] = tensor.cpu() if field == "step" else tensor
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise IntegrityError(f"{checkpoint}: cannot be read ({error}); delete it to start again") from error
-    content = optimizer.state_dict()
-    content["state"] = {}
-    for name, tensor in tensors.items():
-        index, _, field = name.partition(".")
-        content["state"].setdefault(int(index), {})[field] = tensor.cpu() if field == "step" else tensor
     for group, scalars in zip(content["param_groups"], state["optimizer"], strict=True):
         group.update(scalars)
     optimizer.load_state_dict(content)
@@ -123,9 +125,28 @@ def _checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 def _write_model(lm: CausalLM, directory: Path, provenance: dict[str, Any]) -> None:
     lm.model.save_pretrained(directory, max_shard_size="1000GB")
-    lm.tokenizer.save_pretrained(directory)
+    try:
+        lm.tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # How tokenizers reports what the disk refuses.
+        raise OSError(str(error)) from error
     text = json.dumps(provenance, indent=1, ensure_ascii=True, allow_nan=False, sort_keys=True)
     (directory / PROVENANCE_FILE).write_text(text + "\n", "utf-8")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot write: {error.strerror or error}. Earlier checkpoints are intact.",
+            errno=error.errno,
+            filename=str(path),
+        ) from error
 
 
 def _write_directory(target: Path, write: Any) -> None:  # noqa: ANN401

@@ -37,7 +37,7 @@ class CorrectionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", CorrectionKind(self.kind))
-        if self.cap < 1.0:
+        if not self.cap >= 1.0:
             raise InvalidArgumentError(f"cap: expected at least 1, found {self.cap}")
 
     @property

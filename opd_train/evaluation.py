@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd_store import Cache, InvalidArgumentError, Rollout
+from opd_store import Cache, InvalidArgumentError, MismatchError, Rollout
 from opd_train.batches import collate
 from opd_train.head import topk_logprobs
 from opd_train.losses import topk_forward_kl, topk_reverse_kl
@@ -61,7 +61,9 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
 
     Raises:
         InvalidArgumentError: the cache has no top-k, or no rollouts.
+        MismatchError: the student has another tokenizer or number of logits.
     """
+    _require_same_tokens(student, cache.meta.tokenizer_fingerprint, cache.meta.vocab_size, cache.uri)
     if not cache.topk or not len(cache):
         raise InvalidArgumentError(
             f"{cache.uri}: divergence needs a cache with top-k and at least one rollout"
@@ -97,7 +99,11 @@ def sequence_kl(
 
     Args:
         rollouts: sampled from the student at temperature 1.
+
+    Raises:
+        MismatchError: student and teacher differ in tokenizer or number of logits.
     """
+    _require_same_tokens(student, teacher.tokenizer_fingerprint, teacher.vocab_size, str(teacher.path))
     totals: list[float] = []
     for rows in plan_batches([len(rollout.token_ids) for rollout in rollouts], batch_tokens):
         batch = collate([rollouts[row] for row in rows], vocab_size=student.vocab_size).to(student.device)
@@ -110,6 +116,21 @@ def sequence_kl(
         lengths = batch.cu_responses.diff().tolist()
         totals += [piece.sum().item() for piece in torch.cat(pieces).split(lengths)]
     return mean_estimate(totals)
+
+
+def _require_same_tokens(student: CausalLM, fingerprint: str, vocab_size: int, other: str) -> None:
+    pairs = {
+        "tokenizer_fingerprint": (fingerprint, student.tokenizer_fingerprint),
+        "vocab_size": (str(vocab_size), str(student.vocab_size)),
+    }
+    for field, (expected, found) in pairs.items():
+        if expected != found:
+            raise MismatchError(
+                f"{field}: {other} has {expected}, {student.path} has {found}; they have to be equal",
+                field=field,
+                expected=expected,
+                found=found,
+            )
 
 
 def accuracy(rollouts: Sequence[Rollout], is_correct: Callable[[Rollout], bool]) -> Estimate:

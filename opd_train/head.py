@@ -31,7 +31,8 @@ def topk_logprobs(hidden: Tensor, lm_head: LmHead, ids: Tensor, *, chunk: int = 
         [N, K] float32, nats.
     """
     if not len(hidden):
-        return hidden.new_zeros(ids.shape, dtype=torch.float32)
+        # Still part of the graph, so that a batch without a counted token has a gradient: zero.
+        return hidden.new_zeros(ids.shape, dtype=torch.float32) + hidden.float().sum()
 
     def piece(hidden_nH: Tensor, ids_nK: Tensor) -> Tensor:
         logits_nV = lm_head(hidden_nH).float()

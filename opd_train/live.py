@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,8 +86,26 @@ class LiveSource:
 
     def state_dict(self) -> dict[str, Any]:
         """How many rollouts were drawn, and from what."""
-        return {"version": 1, "drawn": self._drawn, "sampler": dataclasses.asdict(self._sampler)}
+        return {"version": 1, "drawn": self._drawn, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after so many rollouts."""
+        """Go on after so many rollouts. Raises MismatchError for the state of another run."""
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise MismatchError(
+                    f"live state: {name} is {state.get(name)!r:.200}, this run has {value!r:.200}",
+                    field=name,
+                    expected=str(value),
+                    found=str(state.get(name)),
+                )
         self._drawn = int(state["drawn"])
+
+    def _identity(self) -> dict[str, Any]:
+        prompts = [(prompt.sample_id, prompt.ids.tolist()) for prompt in self._prompts]
+        return {
+            "teacher": self._teacher.info.weights_digest,
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            "sampler": json.loads(json.dumps(dataclasses.asdict(self._sampler))),
+            "batch_rollouts": self._batch_rollouts,
+            "topk": self._topk,
+        }

@@ -7,11 +7,12 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
@@ -102,10 +103,16 @@ def _body_returns_input(model: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 def load_causal_lm(
-    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    attention: str | None = None,
 ) -> CausalLM:
-    """Load a local Hugging Face directory of a causal language model. Runs no code from it and reaches no
-    network.
+    """Load a local Hugging Face directory of a causal language model. Runs no code from it, uses no network.
+
+    Args:
+        attention: transformers' `attn_implementation`; None lets it choose.
 
     Raises:
         InvalidArgumentError: not such a directory, no fast tokenizer, or a head that cannot be applied apart.
@@ -118,11 +125,20 @@ def load_causal_lm(
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=dtype
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise InvalidArgumentError(f"{directory}: transformers cannot load it: {error!s:.500}") from error
+    if report["missing_keys"]:
+        # transformers fills them with random numbers and goes on.
+        raise InvalidArgumentError(
+            f"{directory}: its weights lack {sorted(report['missing_keys'])[0]!r:.200}; fetch it again"
+        )
     model = model.to(device).eval()
     loaded = CausalLM(
         model=model,
@@ -130,7 +146,7 @@ def load_causal_lm(
         path=directory,
         info=ModelInfo(
             name=directory.resolve().name,
-            weights_digest=weights_digest(model),
+            weights_digest=weights_digest(directory),
             dtype=str(dtype).removeprefix("torch."),
             engine="transformers",
             engine_version=transformers.__version__,
@@ -145,20 +161,35 @@ def load_causal_lm(
     return loaded
 
 
-def weights_digest(model: nn.Module) -> str:
-    """`sha256:...` over the sorted tensors of a model: name, dtype, shape and bytes. Independent of file
-    layout.
+def weights_digest(directory: str | os.PathLike[str]) -> str:
+    """`sha256:...` over the tensors in a directory's safetensors files, by name: dtype, shape and bytes.
 
-    Tied tensors enter under each of their names, non-persistent buffers not at all.
+    The weights count as they are stored, so the digest depends neither on how they are split into files nor
+    on the dtype they are later run in.
+
+    Raises:
+        InvalidArgumentError: no safetensors files, or one that cannot be read.
     """
-    hasher = hashlib.sha256(_WEIGHTS_DOMAIN)
-    for name, tensor in sorted(model.state_dict().items()):
-        raw = tensor.detach().contiguous().cpu()
-        header = f"{name}\0{str(raw.dtype).removeprefix('torch.')}\0".encode()
-        hasher.update(
-            struct.pack("<I", len(header)) + header + struct.pack(f"<{1 + raw.ndim}Q", raw.ndim, *raw.shape)
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise InvalidArgumentError(
+            f"{directory}: no *.safetensors files; convert the weights (pickled ones are never opened)"
         )
-        hasher.update(raw.reshape(-1).view(torch.uint8).numpy())
+    hasher = hashlib.sha256(_WEIGHTS_DOMAIN)
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safetensors.safe_open(path, framework="pt")) for path in files]
+            holders = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+            for name in sorted(holders):
+                tensor = holders[name].get_tensor(name)
+                header = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0".encode()
+                hasher.update(struct.pack("<I", len(header)) + header)
+                hasher.update(struct.pack(f"<{1 + tensor.ndim}Q", tensor.ndim, *tensor.shape))
+                hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InvalidArgumentError(
+            f"{directory}: its weights cannot be read: {error}; fetch it again"
+        ) from error
     return "sha256:" + hasher.hexdigest()
 
 

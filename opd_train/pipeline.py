@@ -26,7 +26,7 @@ from opd_store import (
     Version,
     Writer,
 )
-from opd_train.models import CausalLM
+from opd_train.models import PROVENANCE_FILE, CausalLM
 from opd_train.sampling import Prompt, make_processor, sample_rollouts
 from opd_train.scoring import score_rollouts, with_teacher
 
@@ -45,6 +45,7 @@ def roll_out(
     batch_rows: int = 64,
     commit_rollouts: int = 1024,
     prompt_dataset: str | None = None,
+    prompt_revision: str | None = None,
     on_progress: Progress | None = None,
 ) -> Version:
     """Sample responses and store them as a cache of unscored rollouts; continues where an earlier call
@@ -53,6 +54,7 @@ def roll_out(
     Args:
         lm: the behaviour policy.
         sampler: `max_new_tokens` and `seed` have to be set; empty `stop_token_ids` means the model's own.
+        prompt_dataset, prompt_revision: where the prompts came from, for the record.
         samples_per_prompt: draws per prompt; draw i > 0 has "#i" after its sample_id.
         on_progress: in rollouts.
 
@@ -67,7 +69,6 @@ def roll_out(
         engine=lm.info.engine,
         engine_version=lm.info.engine_version,
     )
-    sft_teacher = lm.provenance.get("sft_teacher")
     meta = CacheMeta(
         vocab_size=lm.vocab_size,
         tokenizer_fingerprint=lm.tokenizer_fingerprint,
@@ -77,8 +78,9 @@ def roll_out(
         ),
         reference=lm.info,
         sampler=sampler,
-        sft_teacher=ModelInfo(**sft_teacher) if sft_teacher else None,
+        sft_teacher=_sft_teacher(lm),
         prompt_dataset=prompt_dataset,
+        prompt_revision=prompt_revision,
         code_version=CODE_VERSION,
     )
     draws = [
@@ -202,6 +204,13 @@ def _with_reference(
             if rollout.behaviour_logprob is None:
                 fields["behaviour_logprob"] = scores.logprob
     return [dataclasses.replace(rollout, **fields) for rollout, fields in zip(rollouts, found, strict=True)]
+
+
+def _sft_teacher(lm: CausalLM) -> ModelInfo | None:
+    described = lm.provenance.get("sft_teacher")
+    if described is None:
+        return None
+    return ModelInfo.from_json(described, where=f"{lm.path / PROVENANCE_FILE}: sft_teacher")
 
 
 def _open_writer(uri: str | os.PathLike[str], meta: CacheMeta, *, topk: int) -> Writer:

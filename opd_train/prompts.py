@@ -154,7 +154,10 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise FormatError(f"{path}, line {number}: not JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise FormatError(
                         f"{path}, line {number}: expected a JSON object, found {line.strip()!r:.80}"
@@ -164,5 +167,3 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InvalidArgumentError(f"{path}: cannot read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: not UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{path}, line {number}: not JSON: {error}") from error

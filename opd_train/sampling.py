@@ -8,6 +8,7 @@ rollouts share a batch, beyond the rounding of the model itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,10 +47,14 @@ def make_processor(sampler: SamplerInfo) -> LogitsProcessor:
         raise InvalidArgumentError(
             "repetition_penalty: not supported by this sampler; it changes the policy per token"
         )
-    if sampler.temperature < 0 or not 0 < sampler.top_p <= 1:
+    if not 0 <= sampler.temperature < math.inf or not 0 < sampler.top_p <= 1:
         raise InvalidArgumentError(
             f"sampler: expected temperature >= 0 and 0 < top_p <= 1, "
             f"found {sampler.temperature} and {sampler.top_p}"
+        )
+    if (sampler.top_k is not None and sampler.top_k < 1) or not 0 <= (sampler.min_p or 0.0) <= 1:
+        raise InvalidArgumentError(
+            f"sampler: expected top_k >= 1 and 0 <= min_p <= 1, found {sampler.top_k} and {sampler.min_p}"
         )
     steps: list[Callable[[None, Tensor], Tensor]] = []
     if sampler.temperature not in (0.0, 1.0):
@@ -132,7 +137,9 @@ def _sample_batch(
     assert sampler.max_new_tokens is not None
     device = lm.device
     longest = max(len(prompt.ids) for prompt in prompts)
-    limit = min(sampler.max_new_tokens, lm.context - longest)
+    # Each row has its own limit, so that a long prompt does not shorten the response of a short one.
+    limits = [min(sampler.max_new_tokens, lm.context - len(prompt.ids)) for prompt in prompts]
+    limit = max(limits)
     # Left padding, so that every row's next token is at the same place.
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -149,7 +156,7 @@ def _sample_batch(
     tokens: list[list[int]] = [[] for _ in prompts]
     behaviour: list[list[float]] = [[] for _ in prompts]
     reference: list[list[float]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
+    stopped, drew_stop = [False] * len(prompts), [False] * len(prompts)
     for step in range(limit):
         output = lm.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -164,11 +171,13 @@ def _sample_batch(
                 tokens[row].append(token)
                 behaviour[row].append(min(lp_processed, 0.0))
                 reference[row].append(min(lp_raw, 0.0))
-                stopped[row] = end
+                drew_stop[row] = end
+                stopped[row] = end or len(tokens[row]) == limits[row]
         n_live = len(stopped) - sum(stopped)
         if not n_live or step + 1 == limit:
             break
-        ids, positions = drawn[:, None], positions[:, -1:] + 1
+        # A row at its end may still ride along; its position stays inside the context.
+        ids, positions = drawn[:, None], (positions[:, -1:] + 1).clamp(max=lm.context - 1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         # Removing rows copies the whole key-value cache, so it waits until a quarter of them has ended.
         if n_live <= _COMPACT_AT * len(rows):
@@ -183,7 +192,7 @@ def _sample_batch(
             behaviour_logprob=np.array(behaviour[row], np.float32),
             reference_logprob=np.array(reference[row], np.float32),
             sample_id=prompt.sample_id,
-            finish_reason="stop" if stopped[row] else "length",
+            finish_reason="stop" if drew_stop[row] else "length",
             label=prompt.label,
         )
         for row, prompt in enumerate(prompts)

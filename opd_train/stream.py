@@ -13,6 +13,15 @@ from opd_store import Cache, InvalidArgumentError, MismatchError
 from opd_train.batches import TeacherBatch, collate
 
 STATE_VERSION = 1
+_COLUMNS = (
+    "loss_mask",
+    "teacher_logprob",
+    "behaviour_logprob",
+    "reference_logprob",
+    "topk_ids",
+    "topk_logprob",
+    "log_tail",
+)
 
 
 class CacheStream:
@@ -62,6 +71,7 @@ class CacheStream:
         self._batch_tokens, self._batch_rollouts = batch_tokens, batch_rollouts
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._ranks, self._epochs, self._device = ranks, epochs, device
+        self._columns = _COLUMNS if cache.topk else _COLUMNS[:4]
         self._epoch = self._position = 0
         self._order_of: tuple[int, np.ndarray[Any, Any]] | None = None
 
@@ -83,7 +93,7 @@ class CacheStream:
         limit = self._batch_rollouts or len(order)
         while self._position + len(rows) < len(order) and len(rows) < limit:
             row = int(order[self._position + len(rows)])
-            rollout = self._cache.rollout(row, ranks=self._ranks)
+            rollout = self._cache.rollout(row, ranks=self._ranks, columns=self._columns)
             n_tokens += len(rollout.token_ids)
             if n_tokens > self._batch_tokens:
                 if not rows:
@@ -110,7 +120,8 @@ class CacheStream:
         """Go on where `state` was taken.
 
         Raises:
-            MismatchError: it belongs to another cache, seed, world size or batch size, with both values.
+            MismatchError: it belongs to another cache, seed, world size, batch size or number of ranks, with
+            both values.
         """
         for name, value in {"version": STATE_VERSION, **self._identity()}.items():
             if state.get(name) != value:
@@ -130,6 +141,7 @@ class CacheStream:
             "world_size": self._world_size,
             "batch_tokens": self._batch_tokens,
             "batch_rollouts": self._batch_rollouts,
+            "ranks": self._ranks,
         }
 
     def _order(self) -> np.ndarray[Any, Any]:

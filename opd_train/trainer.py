@@ -18,7 +18,14 @@ from torch import Tensor
 
 from opd_store import InvalidArgumentError, MismatchError, OpdError
 from opd_train.batches import TeacherBatch
-from opd_train.checkpoint import latest_checkpoint, load_tensors, read_state, save_checkpoint, save_model
+from opd_train.checkpoint import (
+    latest_checkpoint,
+    load_tensors,
+    read_state,
+    save_checkpoint,
+    save_model,
+    storage_errors,
+)
 from opd_train.corrections import CorrectionConfig
 from opd_train.models import CausalLM, read_provenance
 from opd_train.objectives import Objective, distill_loss, summarise
@@ -38,8 +45,10 @@ class DistillConfig:
     steps: int
     """Optimizer steps."""
     lr: float = 2e-6
-    """Peak learning rate, constant after warm-up (arXiv 2604.13010, table 6)."""
+    """Peak learning rate (arXiv 2604.13010, table 6, which keeps it constant)."""
     warmup_steps: int = 0
+    final_lr_share: float = 1.0
+    """After warm-up the rate falls linearly to this share of its peak at the end; 1 keeps it constant."""
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     grad_clip: float = 1.0
@@ -61,6 +70,9 @@ class DistillConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise InvalidArgumentError(f"{name}: expected more than 0, found {value}")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgumentError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
 
 class BatchSource(Protocol):
@@ -120,18 +132,22 @@ class Trainer:
         """
         self.student, self.config = student, config
         self._source, self._out, self._on_step = source, out, on_step
-        described = {"student": dataclasses.asdict(student.info), "config": dataclasses.asdict(config)}
+        described = {
+            "student": student.info.to_json(),
+            "config": dataclasses.asdict(config),
+            "source": source.state_dict(),
+        }
         self._provenance = json.loads(json.dumps({**(provenance or {}), **described}))
         self.stopwatch = stopwatch or Stopwatch()
         self.step = 0
         self._parameters = [p for p in student.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         if config.gradient_checkpointing:
-            student.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            # transformers 5 renames it; both take these settings first.
+            old = student.model.gradient_checkpointing_enable
+            getattr(student.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     @property
     def final_dir(self) -> Path | None:
@@ -153,6 +169,9 @@ class Trainer:
                 self._check_same_run(self._out / FINAL_DIR)
                 self.step = self.config.steps
                 return metrics
+            # Before the first step, so that an unusable place costs no work.
+            with storage_errors(self._out):
+                self._out.mkdir(parents=True, exist_ok=True)
             if (checkpoint := latest_checkpoint(self._out)) is not None:
                 self._resume(checkpoint)
             self._trim_metrics()
@@ -178,7 +197,7 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         config = self.config
         self.student.model.train()
-        lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+        lr = learning_rate(config, self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
@@ -221,6 +240,12 @@ class Trainer:
                     parameter.grad.div_(max(n_kept, 1))
             limit = config.grad_clip or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit).item()
+            if not math.isfinite(grad_norm):
+                # A token whose log-prob is not finite leaves the loss, but not the gradient.
+                raise OpdError(
+                    f"step {self.step + 1}: the gradient is {grad_norm} on cache rows {rows[:32]}; "
+                    "lower the learning rate, or inspect these rows and the student's weights"
+                )
             self._optimizer.step()
         self.step += 1
         seconds = time.perf_counter() - started
@@ -233,9 +258,9 @@ class Trainer:
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self._out is not None:
-            self._out.mkdir(parents=True, exist_ok=True)
             row = {"step": self.step, **metrics, "seconds": dict(self.stopwatch.seconds)}
-            with (self._out / METRICS_FILE).open("a", encoding="utf-8") as file:
+            path = self._out / METRICS_FILE
+            with storage_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self._on_step is not None:
             self._on_step(self.step, metrics)
@@ -253,7 +278,10 @@ class Trainer:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 break
-        path.write_text("".join(line + "\n" for line in kept), "utf-8")
+        with storage_errors(path):
+            temp = path.with_name(f".{METRICS_FILE}.partial")
+            temp.write_text("".join(line + "\n" for line in kept), "utf-8")
+            temp.replace(path)
 
     def _resume(self, checkpoint: Path) -> None:
         self._check_same_run(checkpoint)
@@ -274,6 +302,13 @@ class Trainer:
                 expected=repr(expected),
                 found=repr(other),
             )
+
+
+def learning_rate(config: DistillConfig, step: int) -> float:
+    """The rate of step `step`, counted from 0."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = (config.steps - step) / max(1, config.steps - config.warmup_steps)
+    return config.lr * warm * (config.final_lr_share + (1 - config.final_lr_share) * min(1.0, left))
 
 
 def response_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:

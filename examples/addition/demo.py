@@ -1,7 +1,7 @@
 """From nothing to a student distilled from a cached teacher, compared with a live one. Run by `make demo`.
 
-teacher -> SFT student on teacher samples -> rollouts -> scores -> cache -> inspect, verify -> offline training with
-each objective -> live training with the same number of steps -> a table and an HTML report.
+teacher -> SFT student on teacher samples -> rollouts -> scored cache -> inspect, verify -> offline training
+with each objective -> live training with as many steps -> a table and an HTML report.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import models
 import report
 import task
 import torch
+from opd_tools.console import quiet_libraries
+from opd_tools.main import main as opd
 
 import opd_store
 from opd_store import MismatchError, SamplerInfo
-from opd_tools.console import quiet_libraries
-from opd_tools.main import main as opd
-from opd_train import CausalLM, check_cache, read_prompts, roll_out, score_cache
-from opd_train.checkpoint import save_model
+from opd_train import CausalLM, check_cache, read_prompts, roll_out, save_model, score_cache
 
-N_TEST, N_VALIDATION, N_TEACHER, N_SFT, N_OPD = 2000, 256, 40_000, 6000, 8000
+N_TEST, N_VALIDATION, N_TEACHER, N_SFT, N_OPD = 2000, 256, 40_000, 6000, 6400
 SEEDS = (0, 1, 2)
 OTHER_DIALECT_SHARE = 0.9
 SFT_TARGET = 0.4
-"""SFT stops soon after the student answers this share, so that it has room to improve. A number of steps would not
-do: how fast so small a model learns the task depends on rounding."""
+"""SFT stops soon after the student answers this share, so that it has room to improve. A count of steps would
+not do: how fast so small a model learns the task depends on rounding."""
 
 
 def train_teacher(root: Path) -> float:
@@ -48,7 +47,7 @@ def train_teacher(root: Path) -> float:
 
 
 def train_other_teacher(root: Path) -> float:
-    """The same teacher after fine-tuning on worked examples mostly in dialect B: as able, but of another mind."""
+    """The same teacher, fine-tuned on worked examples mostly in dialect B: as able, but of another mind."""
     torch.set_num_threads(1)
     test = set(task.problems(N_TEST, seed=1))
     problems = task.problems(N_TEACHER, seed=3, exclude=test)
@@ -76,7 +75,7 @@ def train_student(root: Path) -> tuple[int, float]:
     steps = models.train_supervised(
         lm, examples, steps=600, lr=6e-3, warmup=20, seed=2, stop_when=good_enough
     )
-    save_model(lm, root / "student", {"sft_teacher": dataclasses.asdict(teacher.info)})
+    save_model(lm, root / "student", {"sft_teacher": teacher.info.to_json()})
     return steps, _validation_accuracy(models.load(root / "student"), root)
 
 
@@ -97,7 +96,7 @@ def build_cache(root: Path, seed: int) -> dict[str, dict[str, float]]:
             root / f"cache-{teacher}-{seed}",
             topk=methods.TOPK,
             batch_tokens=16384,
-            commit_rollouts=4000,
+            commit_rollouts=3200,
         )
         seconds[teacher] = {"sampling": sampling, "teacher": time.perf_counter() - started}
     return seconds
@@ -105,7 +104,8 @@ def build_cache(root: Path, seed: int) -> dict[str, dict[str, float]]:
 
 def _sample(lm: CausalLM, prompts: Path, out: Path, *, seed: int) -> None:
     sampler = SamplerInfo(max_new_tokens=task.MAX_RESPONSE_TOKENS + 1, seed=seed)
-    roll_out(lm, read_prompts(prompts, lm), out, sampler, batch_rows=512, commit_rollouts=4000)
+    found = read_prompts(prompts, lm)
+    roll_out(lm, found, out, sampler, batch_rows=512, commit_rollouts=3200, prompt_dataset=prompts.name)
 
 
 def _validation_accuracy(lm: CausalLM, root: Path) -> float:
@@ -135,7 +135,9 @@ def say(text: str, started: float) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to fill; emptied first.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Directory to fill; emptied first."
+)
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each.")
 def main(out: Path, workers: int) -> None:
     """Train the models, build the caches, compare the methods."""
@@ -149,7 +151,10 @@ def main(out: Path, workers: int) -> None:
         say(f"teacher: {train_teacher(out):.1%} of held-out sums right", started)
         other, student = pool.submit(train_other_teacher, out), pool.submit(train_student, out)
         say(f"inconsistent teacher: {other.result():.1%} right, in another dialect", started)
-        say("student after {} steps of SFT on teacher samples: {:.1%} right".format(*student.result()), started)
+        say(
+            "student after {} steps of SFT on teacher samples: {:.1%} right".format(*student.result()),
+            started,
+        )
 
         caches = {seed: pool.submit(build_cache, out, seed) for seed in SEEDS}
         start = pool.submit(methods.evaluate_student, out)

@@ -62,9 +62,7 @@ METHODS = (
     Method(name="top-8 with tail, forward KL", objective=Objective.FORWARD_KL),
     Method(name="top-8 with tail, reverse KL", objective=Objective.REVERSE_KL),
     Method(name="inconsistent teacher, w = 1", objective=Objective.LIGHTNING, teacher="other-teacher"),
-    Method(
-        name="inconsistent teacher, forward KL", objective=Objective.FORWARD_KL, teacher="other-teacher"
-    ),
+    Method(name="inconsistent teacher, forward KL", objective=Objective.FORWARD_KL, teacher="other-teacher"),
 )
 
 
@@ -80,13 +78,15 @@ class Result:
     """KL(student || teacher) of whole responses, nats, on samples of the student."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By activity. Offline, sampling and scoring of the cache count in full."""
+    seconds_before: float = 0.0
+    """What of them was spent before the first step."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """Accuracy and KL against steps and seconds."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     """The trainer's own, each step."""
 
 
-def greedy(lm: CausalLM, n: int | None = None) -> SamplerInfo:
+def greedy(lm: CausalLM) -> SamplerInfo:
     """Settings of the demo's sampler: temperature 0."""
     return SamplerInfo(
         temperature=0.0,
@@ -158,6 +158,7 @@ def run_method(root: Path, method: Method, seed: int, cache_seconds: dict[str, f
         stopwatch.seconds.update(cache_seconds)
 
     result = Result(method.name, seed, 0, FINAL_PROBLEMS, 0.0)
+    result.seconds_before = sum(stopwatch.seconds.values())
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
         result.metrics.append({"step": step, **metrics})

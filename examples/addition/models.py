@@ -48,7 +48,9 @@ def load(path: Path) -> CausalLM:
     return load_causal_lm(path, attention="eager")
 
 
-def worked_examples(lm: CausalLM, problems: Sequence[task.Problem], share_b: float, seed: int) -> list[Example]:
+def worked_examples(
+    lm: CausalLM, problems: Sequence[task.Problem], share_b: float, seed: int
+) -> list[Example]:
     """Correct solutions, a share of them in dialect B."""
     rng = np.random.default_rng(seed)
     found = []
@@ -76,14 +78,16 @@ def train_supervised(
     """Cross-entropy on the responses.
 
     Args:
-        steps: with a cosine from `lr` to `final_share * lr`; with `stop_when`, the most steps at constant `lr`.
-        stop_when: asked every ten steps from step 100; once it says yes, `cooldown` steps of linear decay follow.
+        steps: with a cosine from `lr` to `final_share * lr`; with `stop_when`, the most at constant `lr`.
+        stop_when: asked every ten steps from step 100; after its yes come `cooldown` steps of linear decay.
 
     Returns:
         Steps made.
     """
     ids_MS, labels_MS = _padded(examples)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        lm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     rng = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
     end = steps

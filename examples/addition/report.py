@@ -13,13 +13,14 @@ import matplotlib as mpl
 from methods import BATCH, LR, METHODS, STEPS, Result
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from opd_train.evaluation import proportion  # noqa: E402
+from opd_train.evaluation import proportion
 
 _T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Two-sided 95 % points of Student's t, by number of seeds."""
 ACTIVITIES = ("sampling", "teacher", "student")
+SECONDS = "seconds (sampling + teacher + student)"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -34,9 +35,9 @@ def table(results: Sequence[Result]) -> str:
     start = results[0]
     first = proportion(start.n_correct, start.n_problems)
     lines = [
-        f"{'':34} {'accuracy':>8}  {'95 % interval':<14} {'each seed':<18} {'KL':>6}   "
+        f"{'':42} {'accuracy':>8}  {'95 % interval':<14} {'each seed':<18} {'KL':>6}   "
         f"{'seconds: sampling  teacher  student    all'}",
-        f"{'SFT student':34} {first.mean:8.3f}  [{first.low:.3f}, {first.high:.3f}] {'':18} {start.kl:6.2f}",
+        f"{'SFT student':42} {first.mean:8.3f}  [{first.low:.3f}, {first.high:.3f}] {'':18} {start.kl:6.2f}",
     ]
     for method in METHODS:
         rows = [result for result in results if result.method == method.name]
@@ -47,7 +48,7 @@ def table(results: Sequence[Result]) -> str:
         shown = "{:17.1f} {:8.1f} {:8.1f}".format(*seconds)
         label = method.name if method.live else f"offline: {method.name}"
         lines.append(
-            f"{label:34} {mean:8.3f}  [{max(low, 0):.3f}, {min(high, 1):.3f}] "
+            f"{label:42} {mean:8.3f}  [{max(low, 0):.3f}, {min(high, 1):.3f}] "
             f"{' '.join(f'{value:.3f}' for value in accuracies):<18} "
             f"{statistics.fmean(row.kl for row in rows):6.2f}   {shown} {sum(seconds):6.1f}"
         )
@@ -59,18 +60,22 @@ def notes(results: Sequence[Result]) -> list[str]:
     seeds = len({result.seed for result in results})
     return [
         f"Three-digit addition with a scratch pad; {results[0].n_problems:,} held-out problems, greedy.",
-        f"{STEPS} steps of {BATCH} rollouts, AdamW {LR:g}; {seeds} seeds, each its own rollouts, order and draws,",
-        "from one pair of teacher and student. Intervals: Student's t over the seeds; Wilson for the SFT student.",
-        "KL: student to teacher, nats per response, on samples of the student. Seconds: means, one CPU thread;",
+        f"{STEPS} steps of {BATCH} rollouts, AdamW {LR:g}; {seeds} seeds, each its own rollouts, "
+        "order and draws,",
+        "from one pair of teacher and student. Intervals: Student's t over the seeds; Wilson for the "
+        "SFT student.",
+        "KL: student to teacher, nats per response, on samples of the student. Seconds: means, one "
+        "CPU thread;",
         "offline they include sampling and scoring the whole cache once.",
     ]
 
 
 def html(results: Sequence[Result], text: str) -> str:
     """One self-contained page: the table, and plots of accuracy, KL, ESS and ratio."""
+    start = results[0]
     plots = [
-        _plot(results, "seconds (sampling + teacher + student)", "accuracy", _curve("accuracy")),
-        _plot(results, "seconds (sampling + teacher + student)", "KL(student || teacher), nats", _curve("kl"), log=True),
+        _plot(results, SECONDS, "accuracy", _curve("accuracy", start.n_correct / start.n_problems)),
+        _plot(results, SECONDS, "KL(student || teacher), nats", _curve("kl", start.kl), log=True),
         _plot(results, "step", "effective sample size of the ratios", _metric("ess")),
         _plot(results, "step", "mean ratio, student to sampler", _metric("ratio_mean"), log=True),
     ]
@@ -78,14 +83,14 @@ def html(results: Sequence[Result], text: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Offline distillation from a cache, against a live teacher</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px }}
 img {{ width: 49%; min-width: 28rem }}
 </style>
 <h1>Offline distillation from a cache, against a live teacher</h1>
 <pre>{html_escape.escape(text)}</pre>
 {images}
-<p>Thin lines are single seeds. Ratio and effective sample size are of the sampled tokens under the student, relative to
+<p>Each line is one seed. Ratio and effective sample size are of the sampled tokens under the student, against
 the policy that sampled them: live, that is the student itself, so both are 1.</p>
 </html>
 """
@@ -94,8 +99,12 @@ the policy that sampled them: live, that is the student itself, so both are 1.</
 Points = Callable[[Result], tuple[list[float], list[float]]]
 
 
-def _curve(name: str) -> Points:
-    return lambda result: ([p["seconds"] for p in result.curve], [p[name] for p in result.curve])
+def _curve(name: str, start: float) -> Points:
+    def points(result: Result) -> tuple[list[float], list[float]]:
+        seconds = [result.seconds_before, *(point["seconds"] for point in result.curve)]
+        return seconds, [start, *(point[name] for point in result.curve)]
+
+    return points
 
 
 def _metric(name: str) -> Points:
@@ -112,7 +121,9 @@ def _plot(
             x, y = points(result)
             label = method.name if result.seed == 0 else None
             style = "--" if method.live else "-"
-            axes.plot(x, y, style, color=f"C{number}", label=label, linewidth=1, marker="." if len(x) < 9 else "")
+            axes.plot(
+                x, y, style, color=f"C{number}", label=label, linewidth=1, marker="." if len(x) < 9 else ""
+            )
     if y_label in ("accuracy", "KL(student || teacher), nats"):
         value = start.n_correct / start.n_problems if y_label == "accuracy" else start.kl
         axes.axhline(value, color="grey", linestyle=":", label="SFT student")

@@ -66,6 +66,8 @@ def open_page(
         raise FormatError(
             f"{where}: page of {len(page)} bytes, shorter than its {layout.PAGE_HEADER.size}-byte header"
         )
+    if len(page) > layout.MAX_PAGE_BYTES:
+        raise FormatError(f"{where}: page of {len(page)} bytes, the limit is {layout.MAX_PAGE_BYTES}")
     encoding, flags, start, end, reserved, positions, body_bytes, parameter, _ = (
         layout.PAGE_HEADER.unpack_from(page)
     )

@@ -20,6 +20,7 @@ from opd_store import CacheExistsError, CacheNotFoundError, InvalidArgumentError
 P = ParamSpec("P")
 MAX_TEXT = 200
 _PLAIN_EVERY_S = 10.0
+AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
 
 def printable(text: object, limit: int | None = MAX_TEXT) -> str:
@@ -30,7 +31,7 @@ def printable(text: object, limit: int | None = MAX_TEXT) -> str:
 
 def print_json(value: object) -> None:
     """One JSON document on standard output, in ASCII."""
-    click.echo(json.dumps(value, indent=1, ensure_ascii=True))
+    click.echo(json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False))
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -115,6 +116,11 @@ def load_model(path: str, *, dtype: str, device: str) -> Any:  # noqa: ANN401
     quiet_libraries()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidArgumentError(f"--device {device!r:.80}: cannot be used: {reason}") from error
     return load_causal_lm(path, dtype=getattr(torch, dtype), device=device)
 
 

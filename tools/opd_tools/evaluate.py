@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from math import isfinite
 from typing import Any
 
 import click
 
 from opd_store import InvalidArgumentError, Rollout
-from opd_tools.console import Meter, command, load_model, model_options, print_json
+from opd_tools.console import AT_LEAST_1, Meter, command, load_model, model_options, print_json
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -43,9 +45,13 @@ def _value(number: str) -> float:
 )
 @click.option("--cache", help="A cache with top-k, not trained on: KL to its teacher, nats per token.")
 @click.option("--teacher", help="With --prompts: directory of a teacher, for the KL of sampled responses.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="Longest response, in tokens.")
-@click.option("--limit", type=int, help="Use only so many prompts. Default: all.")
-@click.option("--batch-rows", default=64, show_default=True, help="Prompts sampled together.")
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_1, default=256, show_default=True, help="Longest response, in tokens."
+)
+@click.option("--limit", type=AT_LEAST_1, help="Use only so many prompts. Default: all.")
+@click.option(
+    "--batch-rows", type=AT_LEAST_1, default=64, show_default=True, help="Prompts sampled together."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 @model_options
 @command
@@ -113,8 +119,10 @@ def evaluate(
         found["forward KL, nats per token"] = divergence["forward_kl"]
         found["reverse KL, nats per token"] = divergence["reverse_kl"]
     if as_json:
+        # One value alone has no interval, and JSON no infinity.
+        rows = {name: dataclasses.asdict(estimate) for name, estimate in found.items()}
         print_json(
-            {name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n} for name, e in found.items()}
+            {name: {k: v if isfinite(v) else None for k, v in row.items()} for name, row in rows.items()}
         )
     else:
         for name, estimate in found.items():

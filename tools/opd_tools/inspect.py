@@ -72,7 +72,7 @@ def describe(cache: Cache) -> dict[str, dict[str, Any]]:
             "vocabulary": meta.vocab_size,
             "tokenizer": meta.tokenizer_fingerprint,
             "chat template": meta.chat_template_digest or "none",
-            "prompts": meta.prompt_dataset or "unknown",
+            "prompts": " ".join(filter(None, (meta.prompt_dataset, meta.prompt_revision))) or "unknown",
             "licence": meta.licence or "unknown",
             "written by": meta.code_version or "unknown",
         },

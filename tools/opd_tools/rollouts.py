@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import click
 
-from opd_tools.console import Meter, command, load_model, model_options, printable
+from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, model_options, printable
 
 
 @click.command("rollouts")
@@ -18,13 +21,17 @@ from opd_tools.console import Meter, command, load_model, model_options, printab
     show_default=True,
     help="Nucleus mass. Below 1 some tokens can never be drawn, which no importance weight repairs.",
 )
-@click.option("--top-k", type=int, help="Sample from so many tokens only; same warning. Default: all.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="Longest response, in tokens.")
-@click.option("--samples", default=1, show_default=True, help="Responses per prompt.")
-@click.option("--limit", type=int, help="Use only so many prompts. Default: all.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
-@click.option("--batch-rows", default=64, show_default=True, help="Prompts sampled together.")
-@click.option("--commit-every", default=1024, show_default=True, help="Rollouts per commit.")
+@click.option("--top-k", type=AT_LEAST_1, help="Sample from so many tokens only; same warning. Default: all.")
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_1, default=256, show_default=True, help="Longest response, in tokens."
+)
+@click.option("--samples", type=AT_LEAST_1, default=1, show_default=True, help="Responses per prompt.")
+@click.option("--limit", type=AT_LEAST_1, help="Use only so many prompts. Default: all.")
+@click.option("--seed", type=AT_LEAST_0, default=0, show_default=True, help="Seed of the draws.")
+@click.option(
+    "--batch-rows", type=AT_LEAST_1, default=64, show_default=True, help="Prompts sampled together."
+)
+@click.option("--commit-every", type=AT_LEAST_1, default=1024, show_default=True, help="Rollouts per commit.")
 @model_options
 @command
 def rollouts(
@@ -60,15 +67,18 @@ def rollouts(
     sampler = SamplerInfo(
         temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed
     )
+    found = read_prompts(prompts, lm, limit=limit)
     with Meter("sampling", "rollouts") as meter:
         version = roll_out(
             lm,
-            read_prompts(prompts, lm, limit=limit),
+            found,
             out,
             sampler,
             samples_per_prompt=samples,
             batch_rows=batch_rows,
             commit_rollouts=commit_every,
+            prompt_dataset=Path(prompts).name,
+            prompt_revision="sha256:" + hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
             on_progress=meter.update,
         )
     click.echo(printable(version.uri, None))

@@ -6,22 +6,27 @@ from pathlib import Path
 
 import click
 
-from opd_tools.console import Meter, command, load_model, model_options, printable
+from opd_store import ModelInfo
+from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, model_options, printable
 
 
 @click.command("score")
 @click.argument("teacher")
 @click.argument("rollouts")
 @click.argument("out")
-@click.option("--topk", default=64, show_default=True, help="Ranks stored per position; 0 stores none.")
+@click.option(
+    "--topk", type=AT_LEAST_0, default=64, show_default=True, help="Ranks stored per position; 0 stores none."
+)
 @click.option("--reference", help="Directory of the behaviour checkpoint, to fill in its log-probs.")
 @click.option(
     "--sft-teacher",
     help="Directory of the model whose samples the student was fine-tuned on, if not recorded.",
 )
 @click.option("--licence", help="Terms the teacher's outputs come under, for the record.")
-@click.option("--batch-tokens", default=8192, show_default=True, help="Padded tokens per forward pass.")
-@click.option("--commit-every", default=512, show_default=True, help="Rollouts per commit.")
+@click.option(
+    "--batch-tokens", type=AT_LEAST_1, default=8192, show_default=True, help="Padded tokens per forward pass."
+)
+@click.option("--commit-every", type=AT_LEAST_1, default=512, show_default=True, help="Rollouts per commit.")
 @model_options
 @command
 def score(
@@ -65,12 +70,18 @@ def score(
             out,
             topk=min(topk, lm.vocab_size),
             reference=None if reference is None else load_model(reference, dtype=dtype, device=device),
-            sft_teacher=None
-            if sft_teacher is None
-            else load_model(sft_teacher, dtype=dtype, device=device).info,
+            sft_teacher=_describe(sft_teacher),
             licence=licence,
             batch_tokens=batch_tokens,
             commit_rollouts=commit_every,
             on_progress=meter.update,
         )
     click.echo(printable(version.uri, None))
+
+
+def _describe(directory: str | None) -> ModelInfo | None:
+    from opd_train import weights_digest
+
+    if directory is None:
+        return None
+    return ModelInfo(name=Path(directory).resolve().name, weights_digest=weights_digest(directory))

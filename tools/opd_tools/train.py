@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from opd_store import InvalidArgumentError
-from opd_tools.console import Meter, command, load_model, printable
+from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, printable
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, Stopwatch
@@ -28,18 +28,30 @@ CORRECTIONS = ["none", "token_tis"]
     type=click.Choice(OBJECTIVES),
     help="What to minimise. Default: forward_kl if the cache has top-k, else lightning with token_tis.",
 )
-@click.option("--correction", type=click.Choice(CORRECTIONS), help="Importance weights. Default: none.")
+@click.option(
+    "--correction",
+    type=click.Choice(CORRECTIONS),
+    help="Importance weights. Default: none; token_tis if the objective is left open and there is no top-k.",
+)
 @click.option("--cap", default=2.0, show_default=True, help="Largest importance weight of token_tis.")
 @click.option("--clip", default=10.0, show_default=True, help="Largest advantage of lightning, in nats.")
 @click.option("--steps", type=int, required=True, help="Optimizer steps.")
-@click.option("--lr", default=2e-6, show_default=True, help="Peak learning rate, constant after warm-up.")
+@click.option("--lr", default=2e-6, show_default=True, help="Peak learning rate.")
+@click.option(
+    "--final-lr-share",
+    default=1.0,
+    show_default=True,
+    help="Linear decay after warm-up, to this share of --lr; 1 keeps it constant.",
+)
 @click.option("--warmup-steps", default=0, show_default=True, help="Steps of linear warm-up.")
 @click.option("--weight-decay", default=0.1, show_default=True, help="AdamW weight decay.")
 @click.option("--grad-clip", default=1.0, show_default=True, help="Largest gradient norm; 0 for none.")
 @click.option("--batch-tokens", default=16384, show_default=True, help="Most tokens per batch.")
-@click.option("--batch-rollouts", type=int, help="Most rollouts per batch; with --live, exactly so many.")
+@click.option(
+    "--batch-rollouts", type=AT_LEAST_1, help="Most rollouts per batch; with --live, exactly so many."
+)
 @click.option("--accumulate", default=1, show_default=True, help="Batches per step, one denominator.")
-@click.option("--ranks", type=int, help="Cached ranks to use. Default: all.")
+@click.option("--ranks", type=AT_LEAST_0, help="Cached ranks to use. Default: all.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle and of live draws.")
 @click.option("--save-every", default=0, show_default=True, help="Steps between checkpoints; 0: at the end.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory.")
@@ -54,8 +66,16 @@ CORRECTIONS = ["none", "token_tis"]
 @click.option("--live", is_flag=True, help="No cache: fresh rollouts and a teacher in memory at each step.")
 @click.option("--teacher", help="With --live: the teacher's directory.")
 @click.option("--prompts", help="With --live: prompts as JSONL.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="With --live: longest response.")
-@click.option("--topk", default=64, show_default=True, help="With --live and a KL objective: ranks to score.")
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_1, default=256, show_default=True, help="With --live: longest response."
+)
+@click.option(
+    "--topk",
+    type=AT_LEAST_0,
+    default=64,
+    show_default=True,
+    help="With --live and a KL objective: ranks to score.",
+)
 @command
 def train(cache: str | None, student: str, out: str, live: bool, device: str, **options: Any) -> None:  # noqa: ANN401
     """Distil the model --student from CACHE, without a teacher in memory.
@@ -80,6 +100,7 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
         clip=options["clip"],
         lr=options["lr"],
         warmup_steps=options["warmup_steps"],
+        final_lr_share=options["final_lr_share"],
         weight_decay=options["weight_decay"],
         grad_clip=options["grad_clip"],
         accumulate=options["accumulate"],
@@ -125,6 +146,7 @@ def _objective(options: dict[str, Any], *, topk: int) -> dict[str, Any]:
     if options["correction"]:
         correction = CorrectionConfig(kind=CorrectionKind(options["correction"]), cap=options["cap"])
     chosen, correction = resolve_objective(objective, correction, topk=topk)
+    correction = dataclasses.replace(correction, cap=options["cap"])
     return {"objective": chosen, "correction": correction}
 
 
@@ -152,7 +174,7 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     provenance = {
         "cache": cache.digest,
         "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
-        "sft_teacher": None if teacher is None else dataclasses.asdict(teacher),
+        "sft_teacher": None if teacher is None else teacher.to_json(),
     }
     return stream, fields, provenance
 
@@ -179,7 +201,7 @@ def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str
         stopwatch=stopwatch,
     )
     provenance = {
-        "live_teacher": dataclasses.asdict(teacher.info),
+        "live_teacher": teacher.info.to_json(),
         "sft_teacher": lm.provenance.get("sft_teacher"),
     }
     return source, fields, provenance

@@ -1,0 +1,74 @@
+"""The README's code runs, its links lead somewhere, and it lists every verb."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_tools.main import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "spec/*.md") for path in ROOT.glob(pattern))
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_console_block_runs(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    opd = [sys.executable, "-c", "from opd_tools.main import main; main()"]
+    lines = [line for block in _blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    assert len(lines) >= 5
+    for line in lines:
+        program, *arguments = shlex.split(line.removeprefix("$ "))
+        assert program in ("python", "opd")
+        done = _run([*(opd if program == "opd" else [sys.executable]), *arguments], tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        if "inspect" in arguments:
+            shown = done.stdout
+    assert _names(shown) == _names(next(block for block in _blocks("text") if "bytes per position" in block))
+
+
+def _names(inspected: str) -> list[str]:
+    """Sections and field names of `opd inspect`; values differ with versions."""
+    return [line[:22].strip() for line in inspected.splitlines()]
+
+
+def test_python_blocks_run(tmp_path):
+    blocks = _blocks("python")
+    assert blocks
+    for block in blocks:
+        done = _run([sys.executable, "-W", "error", "-c", block], tmp_path)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_readme_lists_every_verb():
+    for verb in main.commands:
+        assert f"`opd {verb} " in README, verb
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README
