@@ -86,6 +86,9 @@ def read_rollouts(path: str | os.PathLike[str]) -> tuple[CacheMeta, list[Rollout
 
 def _rollout(row: dict[str, Any], where: str, place: str) -> Rollout:
     prompt, response = _ids(row, "prompt_ids", where), _ids(row, "response_ids", where)
+    if not len(prompt) or not len(response):
+        empty = "response_ids" if len(prompt) else "prompt_ids"
+        raise FormatError(f"{where}, field {empty}: expected at least one token, found none")
     arrays: dict[str, Any] = {}
     for name, dtype in (
         ("behaviour_logprob", np.float32),
@@ -102,9 +105,6 @@ def _rollout(row: dict[str, Any], where: str, place: str) -> Rollout:
                 raise FormatError(
                     f"{where}, field {name}: expected {len(response)} values, found shape {found}"
                 )
-    if not len(prompt) or not len(response):
-        empty = "response_ids" if len(prompt) else "prompt_ids"
-        raise FormatError(f"{where}, field {empty}: expected at least one token, found none")
     answer = row.get("answer")
     return Rollout(
         token_ids=np.concatenate([prompt, response]),

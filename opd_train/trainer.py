@@ -317,12 +317,20 @@ def response_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
     Variable-length attention runs on the packed tokens; other implementations get padded rows, since a mask
     over packed rows would cost the square of the batch.
     """
-    if str(student.model.config._attn_implementation).startswith("flash"):
-        hidden = student.hidden(batch.input_ids[None], None, position_ids=batch.position_ids[None])[0]
-        return hidden[batch.response_index - 1]
+    varlen = str(student.model.config._attn_implementation).startswith("flash")
+    return packed_hidden(student, batch) if varlen else padded_hidden(student, batch)
+
+
+def packed_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
+    """[N, H] from one row of all tokens; positions that start again at 0 tell the model where rollouts begin."""
+    hidden = student.hidden(batch.input_ids[None], None, position_ids=batch.position_ids[None])[0]
+    return hidden[batch.response_index - 1]
+
+
+def padded_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
+    """[N, H] from one padded row a rollout."""
     ids, mask, source = batch.padded()
-    hidden = student.hidden(ids, mask)
-    return hidden.flatten(0, 1)[source]
+    return student.hidden(ids, mask).flatten(0, 1)[source]
 
 
 def _differences(prefix: str, expected: object, found: object) -> Iterator[tuple[str, object, object]]:

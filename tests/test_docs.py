@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from opd_tools.main import main
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,648 @@
+"""A second reader of the opd-store format, written from the prose in this folder alone. Slow and obvious.
+
+    python spec/reference_reader.py CACHE[@sha256:...] [--row N]
+
+Needs the standard library and pyarrow, nothing else. It checks every rule, also those marked *(verify)*,
+before it returns anything. Section numbers in comments are those of the file named with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import struct
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+
+# format.md, section 7
+MAX_MANIFEST_BYTES = 1048576
+MAX_JSON_DEPTH = 16
+MAX_JSON_STRING = 4096
+MAX_JSON_INT = 9007199254740991
+MAX_VERSION = 99999999
+MAX_SEGMENTS = 64
+MAX_TOPK = 4096
+MAX_VOCAB = 16777216
+MAX_ROLLOUT_TOKENS = 4194304
+MAX_PAGE_BYTES = 134217728
+MAX_BATCH_BYTES = 1073741824
+MAX_TEXT_BYTES = 4096
+PROBABILITY_TOLERANCE = 0.001
+
+
+class RefusedError(ValueError):
+    """The cache breaks a rule."""
+
+
+def refuse(why: str) -> NoReturn:
+    raise RefusedError(why)
+
+
+def require(rule: bool, why: str) -> None:
+    if not rule:
+        refuse(why)
+
+
+# --- hashing.md ---
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+CRC_TABLE = _crc_table()
+
+
+def crc32c(data: bytes, value: int = 0) -> int:
+    """Section 1. `value` is the checksum of what came before."""
+    register = value ^ 0xFFFFFFFF
+    for byte in data:
+        register = register >> 8 ^ CRC_TABLE[(register ^ byte) & 0xFF]
+    return register ^ 0xFFFFFFFF
+
+
+def rollout_hash(token_ids: list[int], fingerprint: str) -> bytes:
+    """Section 3."""
+    raw = bytes.fromhex(fingerprint.removeprefix("sha256:"))
+    ids = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    return hashlib.sha256(b"opd-store rollout v1\0" + raw + ids).digest()
+
+
+def tokenizer_fingerprint(description: dict[str, Any]) -> str:
+    """Section 4. The lone surrogates of JSON texts are encoded like any other code point."""
+
+    def text(value: str) -> bytes:
+        raw = value.encode("utf-8", "surrogatepass")
+        return struct.pack("<I", len(raw)) + raw
+
+    model = description["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        tokens = {number: token for token, number in vocabulary.items()}
+    else:
+        tokens = {number: token for number, (token, _) in enumerate(vocabulary)}
+    added = description.get("added_tokens") or []
+    for entry in added:
+        tokens[entry["id"]] = entry["content"]
+
+    out = b"opd-store tokenizer v1\0"
+    out += text(str(model.get("type")))
+    out += struct.pack("<I", len(tokens))
+    for number in sorted(tokens):
+        out += struct.pack("<I", number) + text(tokens[number])
+    merges = model.get("merges") or []
+    out += struct.pack("<I", len(merges))
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        out += text(left) + text(right)
+    special = sorted(entry["id"] for entry in added if entry.get("special"))
+    out += struct.pack(f"<I{len(special)}I", len(special), *special)
+    if not isinstance(vocabulary, dict):
+        for _, score in vocabulary:
+            out += struct.pack("<d", score)
+    return "sha256:" + hashlib.sha256(out).hexdigest()
+
+
+# --- manifest.md, section 2 ---
+
+
+def parse_manifest(data: bytes) -> dict[str, Any]:
+    require(len(data) <= MAX_MANIFEST_BYTES, "the manifest is too large")
+    ending = re.search(rb',\n "checksum": "sha256:([0-9a-f]{64})"\n\}\n\Z', data)
+    if ending is None:
+        refuse("the manifest does not end with its checksum")
+    found = hashlib.sha256(data[: ending.start()]).hexdigest().encode()
+    require(found == ending[1], "the manifest has another checksum")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        require(len(keys) == len(set(keys)), "a key occurs twice")
+        return dict(pairs)
+
+    def constant(name: str) -> NoReturn:
+        refuse(f"{name} is not JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except RefusedError:
+        raise
+    except (ValueError, RecursionError) as error:
+        refuse(f"the manifest is not JSON: {error}")
+    check_limits(value, 1)
+    require(isinstance(value, dict), "the manifest is not an object")
+    return dict(value)
+
+
+def check_limits(value: object, level: int) -> None:
+    require(level <= MAX_JSON_DEPTH, "the manifest is nested too deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_limits(key, level + 1)
+            check_limits(item, level + 1)
+    elif isinstance(value, list):
+        for item in value:
+            check_limits(item, level + 1)
+    elif isinstance(value, str):
+        require(len(value) <= MAX_JSON_STRING, "a string is too long")
+        require(not re.search("[\ud800-\udfff]", value), "half a surrogate pair")
+    elif isinstance(value, float):
+        require(math.isfinite(value), "a number overflows")
+    elif isinstance(value, int):
+        require(abs(value) <= MAX_JSON_INT, "an integer is too large")
+
+
+# --- manifest.md, sections 3 to 6: kinds of fields ---
+
+
+def is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return is_integer(value) or isinstance(value, float)
+
+
+def is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("sha256:[0-9a-f]{64}", value) is not None
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and is_integer(value) and value >= 1
+
+
+def is_list_of(kind: Any) -> Any:  # noqa: ANN401
+    return lambda value: isinstance(value, list) and all(kind(item) for item in value)
+
+
+def is_map(value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_string, value.values()))
+
+
+def is_object(required: dict[str, Any], optional: dict[str, Any], *, newer: bool) -> Any:  # noqa: ANN401
+    def check(value: object) -> bool:
+        if not isinstance(value, dict) or not required.keys() <= value.keys():
+            return False
+        kinds = required | optional
+        known = {name: item for name, item in value.items() if name in kinds}
+        if len(known) < len(value) and not newer:
+            return False
+        return all(kinds[name](item) for name, item in known.items())
+
+    return check
+
+
+def check_manifest(value: dict[str, Any], number: int) -> None:
+    require(value.get("format") == "opd-store", "another format")
+    version = value.get("format_version")
+    require(
+        isinstance(version, str) and bool(re.fullmatch(r"[1-9][0-9]{0,3}\.(0|[1-9][0-9]{0,3})", version)),
+        "format_version is not MAJOR.MINOR",
+    )
+    # versioning.md, rules 1, 4 and 5
+    major, minor = map(int, str(version).split("."))
+    require(major == 1, f"format version {version}")
+    newer = minor > 0
+    names = is_list_of(is_string)
+    require(names(value.get("required_features")), "required_features is not a list of names")
+    require(not value["required_features"], "an unknown required feature")
+
+    texts = ("revision", "dtype", "quantisation", "engine", "engine_version", "logprob_mode")
+    model = is_object(
+        {"name": is_string},
+        {**dict.fromkeys(texts, is_string), "weights_digest": is_digest, "logprob_temperature": is_number},
+        newer=newer,
+    )
+    sampler = is_object(
+        {},
+        {
+            **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), is_number),
+            **dict.fromkeys(("top_k", "max_new_tokens", "seed"), is_integer),
+            **dict.fromkeys(("engine", "engine_version"), is_string),
+            "stop_token_ids": is_list_of(is_integer),
+        },
+        newer=newer,
+    )
+    texts = ("prompt_dataset", "prompt_revision", "truncation", "licence", "code_version")
+    meta = is_object(
+        {"vocab_size": is_count, "tokenizer_fingerprint": is_digest},
+        {
+            **dict.fromkeys(("teacher", "sft_teacher", "behaviour", "reference"), model),
+            **dict.fromkeys(texts, is_string),
+            "other_teachers": is_list_of(model),
+            "sampler": sampler,
+            "chat_template_digest": is_digest,
+            "chat_template_args": is_map,
+            "extra": is_map,
+        },
+        newer=newer,
+    )
+    schema = is_object(
+        {"bands": is_list_of(is_integer), "encoding": is_string, "topk": is_integer, "user_columns": is_map},
+        {},
+        newer=False,
+    )
+    file = is_object(
+        {"sha256": lambda text: is_digest(f"sha256:{text}"), "n_bytes": is_count}, {}, newer=newer
+    )
+    counts = ("n_shards", "rows", "tokens", "response_tokens", "n_bytes")
+    segment = is_object(
+        {"shards": file, "rollouts": file, **dict.fromkeys(counts, is_count)}, {}, newer=newer
+    )
+    fields = {
+        "format": is_string,
+        "format_version": is_string,
+        "unreleased": lambda item: isinstance(item, bool),
+        "sequence": is_count,
+        "parent": lambda item: item is None or is_digest(item),
+        "required_features": names,
+        "optional_features": names,
+        "meta": meta,
+        "schema": schema,
+        "segments": is_list_of(segment),
+        "checksum": is_digest,
+    }
+    for name, kind in fields.items():
+        require(name in value and kind(value[name]), f"field {name} is missing or wrong")
+    require(newer or value.keys() == fields.keys(), "an unknown field")
+    require(value["sequence"] <= MAX_VERSION, "sequence is too large")
+    require(value["sequence"] == number, "the manifest was renamed")
+    require((value["sequence"] == 1) == (value["parent"] is None), "parent does not fit the sequence")
+    require(len(value["segments"]) <= MAX_SEGMENTS, "too many segments")
+
+    require(value["meta"]["vocab_size"] <= MAX_VOCAB, "the vocabulary is too large")
+    topk, bands = value["schema"]["topk"], value["schema"]["bands"]
+    require(0 <= topk <= min(MAX_TOPK, value["meta"]["vocab_size"]), "topk is out of range")
+    require(value["schema"]["encoding"] == "plain", "an unknown encoding")
+    require(bands == sorted(set(bands)) and all(end > 0 for end in bands), "bands do not rise")
+    require(bands[-1:] == [topk] if topk else not bands, "the last band does not end at topk")
+    for name, kind in value["schema"]["user_columns"].items():
+        require(bool(re.fullmatch("x_[a-z0-9_]{1,62}", name)), f"user column {name!r}")
+        require(kind in USER_TYPES, f"type {kind!r} of a user column")
+
+
+# --- columns.md, section 1 ---
+
+USER_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "utf8": pa.utf8()}
+LOGPROBS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
+
+
+def list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+def band_ranges(schema: dict[str, Any]) -> list[tuple[int, int]]:
+    return list(zip([0, *schema["bands"]], schema["bands"], strict=False))
+
+
+def shard_schema(schema: dict[str, Any]) -> pa.Schema:
+    users = [(name, USER_TYPES[kind], True) for name, kind in sorted(schema["user_columns"].items())]
+    columns = [
+        ("rollout_hash", pa.binary(32), False),
+        ("sample_id", pa.utf8(), True),
+        ("prompt_len", pa.uint32(), False),
+        ("finish_reason", pa.utf8(), False),
+        ("policy_version", pa.int64(), True),
+        ("teacher", pa.uint16(), False),
+        ("reward", pa.float32(), True),
+        ("label", pa.utf8(), True),
+        *users,
+        ("token_ids", list_of(pa.uint32()), False),
+        ("loss_mask", list_of(pa.uint8()), True),
+        *((name, list_of(pa.float32()), True) for name in LOGPROBS),
+        *((f"topk_{start}_{end}", pa.binary(), False) for start, end in band_ranges(schema)),
+    ]
+    return pa.schema([pa.field(name, kind, nullable=nulls) for name, kind, nulls in columns])
+
+
+# --- format.md, sections 4 and 5 ---
+
+SHARD_TABLE = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (
+            ("sha256", pa.binary(32)),
+            ("n_bytes", pa.uint64()),
+            ("rows", pa.uint32()),
+            ("tokens", pa.uint64()),
+            ("response_tokens", pa.uint64()),
+            ("region_offset", list_of(pa.uint64())),
+            ("region_length", list_of(pa.uint64())),
+            ("region_crc32c", list_of(pa.uint32())),
+            ("region_rows", list_of(pa.uint32())),
+        )
+    ]
+)
+ROLLOUT_TABLE = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (("rollout_hash", pa.binary(32)), ("shard", pa.uint32()), ("row", pa.uint32()))
+    ]
+)
+
+
+def check_batch(batch: pa.RecordBatch, schema: pa.Schema, source: pa.Buffer) -> None:
+    """Rules 1, 2 and 4 of section 4."""
+    batch.validate(full=True)
+    for field, column in zip(schema, batch.columns, strict=True):
+        require(field.nullable or column.null_count == 0, f"nulls in {field.name}")
+        if pa.types.is_list(field.type):
+            require(column.values.null_count == 0, f"nulls inside {field.name}")
+        for buffer in column.buffers():
+            if buffer is not None and buffer.size:
+                inside = source.address <= buffer.address
+                inside = inside and buffer.address + buffer.size <= source.address + source.size
+                require(inside, f"{field.name} is compressed or big-endian")
+
+
+def read_arrow(data: bytes, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """All record batches of an Arrow file, as any Arrow tool reads them."""
+    source = pa.py_buffer(data)
+    try:
+        file = pa.ipc.open_file(source)
+        require(file.schema.equals(schema, check_metadata=True), "other columns than declared")
+        batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        for batch in batches:
+            check_batch(batch, schema, source)
+    except RefusedError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        refuse(f"not an Arrow file: {error}")
+    return batches
+
+
+def read_file(path: Path, n_bytes: int) -> bytes:
+    """A file named by its digest."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        refuse(f"{path.name} cannot be read: {error}")
+    require(len(data) == n_bytes, f"{path.name} has {len(data)} bytes, expected {n_bytes}")
+    require(hashlib.sha256(data).hexdigest() == path.stem, f"{path.name} has another digest")
+    return data
+
+
+def read_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> list[dict[str, Any]]:
+    columns = [entry[f"region_{name}"] for name in ("offset", "length", "crc32c", "rows")]
+    require(len({len(column) for column in columns}) == 1, "region lists of different lengths")
+    regions = list(zip(*columns, strict=True))
+    require(len(regions) >= 2, "too few regions")
+    position = 0
+    for i, (offset, length, _, rows) in enumerate(regions):
+        require(offset == position and 0 < length <= MAX_BATCH_BYTES, "regions leave a gap or overlap")
+        require((rows == 0) == (i in (0, len(regions) - 1)), "rows of a region")
+        position += length
+    require(position == entry["n_bytes"], "regions do not end with the file")
+    require(sum(region[3] for region in regions) == entry["rows"], "rows of the regions")
+
+    data = read_file(path, entry["n_bytes"])
+    for offset, length, checksum, _ in regions:
+        require(
+            crc32c(data[offset : offset + length]) == checksum, f"region at {offset} has another checksum"
+        )
+
+    batches = read_arrow(data, schema)
+    require(len(batches) == len(regions) - 2, "record batches and regions differ")
+    rows = []
+    for batch, (offset, length, _, n_rows) in zip(batches, regions[1:-1], strict=True):
+        require(batch.num_rows == n_rows, "rows of a record batch")
+        try:
+            alone = pa.ipc.read_record_batch(pa.py_buffer(data[offset : offset + length]), schema)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            refuse(f"a region is not a record batch: {error}")
+        # Compared as text, since NaN is not equal to itself.
+        require(str(alone.to_pylist()) == str(batch.to_pylist()), "the footer names another record batch")
+        for name in schema.names:
+            if pa.types.is_list(schema.field(name).type):
+                check_null_lists(batch.column(name))
+        rows += batch.to_pylist()
+    return rows
+
+
+def check_null_lists(column: pa.ListArray) -> None:
+    """columns.md, section 3, rule 2: a null list is empty in the offsets."""
+    offsets = column.offsets.to_pylist()
+    for i, valid in enumerate(column.is_valid().to_pylist()):
+        require(valid or offsets[i] == offsets[i + 1], "a null list with items")
+
+
+# --- format.md, section 6, and encodings.md ---
+
+
+def read_page(
+    page: bytes, name: bytes, rank_start: int, rank_end: int, n_positions: int
+) -> tuple[list[int], list[float], list[float]]:
+    """Ids and log-probs, position by position, and one tail a position."""
+    require(24 <= len(page) <= MAX_PAGE_BYTES, "length of a page")
+    fields = struct.unpack_from("<BBHHHIIII", page)
+    encoding, flags, start, end, reserved, positions, body_bytes, parameter, checksum = fields
+    require(crc32c(page[24:], crc32c(name + page[:20])) == checksum, "a page has another checksum")
+    require(encoding == 0, f"page encoding {encoding}")
+    require(flags == reserved == parameter == 0, "a reserved field of a page is not zero")
+    require((start, end) == (rank_start, rank_end), "a page of other ranks")
+    require(positions == n_positions, "a page of other positions")
+    size = 24 + body_bytes
+    require(len(page) == size + (-size) % 8, "length of a page")
+    require(not any(page[size:]), "padding is not zero")
+    k = end - start
+    require(body_bytes == 8 * positions * k + 4 * positions, "length of a plain body")
+    ids = struct.unpack_from(f"<{positions * k}I", page, 24)
+    logprobs = struct.unpack_from(f"<{positions * k}f", page, 24 + 4 * positions * k)
+    tails = struct.unpack_from(f"<{positions}f", page, 24 + 8 * positions * k)
+    return list(ids), list(logprobs), list(tails)
+
+
+# --- columns.md, sections 3 and 4 ---
+
+
+def check_logprobs(values: list[float], name: str, *, may_be_nothing: bool = False) -> None:
+    for value in values:
+        finite = math.isfinite(value) or (may_be_nothing and value == -math.inf)
+        require(finite and value <= 0, f"{name} holds {value}")
+
+
+def check_row(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """The row with top-k in place of its pages: flat lists, position by position, all ranks of a position."""
+    meta, schema = manifest["meta"], manifest["schema"]
+    tokens, prompt_len = row["token_ids"], row["prompt_len"]
+    require(len(tokens) <= MAX_ROLLOUT_TOKENS, "a rollout is too long")
+    n_positions = len(tokens) - prompt_len
+    require(prompt_len >= 1 and n_positions >= 1, "an empty prompt or response")
+    require(max(tokens) < meta["vocab_size"], "a token outside the vocabulary")
+    require(
+        rollout_hash(tokens, meta["tokenizer_fingerprint"]) == row["rollout_hash"], "another rollout_hash"
+    )
+    for name in ("loss_mask", *LOGPROBS):
+        require(row[name] is None or len(row[name]) == n_positions, f"length of {name}")
+    require(row["loss_mask"] is None or set(row["loss_mask"]) <= {0, 1}, "loss_mask is not 0 or 1")
+    for name in LOGPROBS:
+        check_logprobs(row[name] or [], name)
+    require(row["finish_reason"] in ("stop", "length", "abort", "unknown"), "finish_reason")
+    policy, reward = row["policy_version"], row["reward"]
+    require(policy is None or abs(policy) <= MAX_JSON_INT, "policy_version")
+    require(reward is None or math.isfinite(reward), "reward")
+    for value in row.values():
+        require(not isinstance(value, str) or len(value.encode()) <= MAX_TEXT_BYTES, "a text is too long")
+    if not schema["topk"]:
+        return row
+
+    ids: list[list[int]] = [[] for _ in range(n_positions)]
+    logprobs: list[list[float]] = [[] for _ in range(n_positions)]
+    tails: dict[int, list[float]] = {}
+    for start, end in band_ranges(schema):
+        page = row.pop(f"topk_{start}_{end}")
+        page_ids, page_logprobs, tails[end] = read_page(page, row["rollout_hash"], start, end, n_positions)
+        check_logprobs(tails[end], "a tail", may_be_nothing=True)
+        for t in range(n_positions):
+            ids[t] += page_ids[t * (end - start) : (t + 1) * (end - start)]
+            logprobs[t] += page_logprobs[t * (end - start) : (t + 1) * (end - start)]
+    for t in range(n_positions):
+        check_logprobs(logprobs[t], "top-k")
+        require(len(set(ids[t])) == len(ids[t]), "an id occurs twice")
+        require(max(ids[t]) < meta["vocab_size"], "an id outside the vocabulary")
+        for j in range(1, schema["topk"]):
+            falls = logprobs[t][j] < logprobs[t][j - 1]
+            ties = logprobs[t][j] == logprobs[t][j - 1] and ids[t][j] > ids[t][j - 1]
+            require(falls or ties, "top-k is not in order")
+        total = math.fsum(map(math.exp, [*logprobs[t], tails[schema["topk"]][t]]))
+        require(total <= 1 + PROBABILITY_TOLERANCE, f"probabilities sum to {total}")
+    row["topk_ids"] = [item for position in ids for item in position]
+    row["topk_logprob"] = [item for position in logprobs for item in position]
+    row["log_tail"] = tails[schema["topk"]]
+    row["band_tails"] = tails
+    return row
+
+
+def first_ranks(row: dict[str, Any], topk: int, ranks: int) -> tuple[list[int], list[float], list[float]]:
+    """Section 4: the first ranks of a row, the rest of their band added to its tail."""
+    ids, logprobs, tails = [], [], []
+    end = min(end for end in row["band_tails"] if end >= ranks)
+    for t, tail in enumerate(row["band_tails"][end]):
+        position = row["topk_logprob"][t * topk : (t + 1) * topk]
+        ids += row["topk_ids"][t * topk : t * topk + ranks]
+        logprobs += position[:ranks]
+        if ranks < end:
+            outside = math.fsum(map(math.exp, [tail, *position[ranks:end]]))
+            tail = min(0.0, math.log(outside)) if outside else -math.inf
+        tails.append(tail)
+    return ids, logprobs, tails
+
+
+# --- manifest.md, section 7 ---
+
+
+def read_cache(path: Path, pin: str | None = None) -> dict[str, Any]:
+    """The newest version, or the one whose manifest has the digest `pin`, checked whole.
+
+    Returns:
+        version, digest, parent, topk, manifest, and rows: one dictionary a rollout, with the names of the
+        columns, `topk_ids`, `topk_logprob`, `log_tail`; absent values are None.
+
+    Raises:
+        RefusedError: a rule is broken.
+    """
+    folder = path / "manifests"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    numbers = sorted(int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name))
+    manifests = {}
+    for number in numbers:
+        data = (folder / f"{number:08d}.json").read_bytes()
+        manifests[number] = (data, "sha256:" + hashlib.sha256(data).hexdigest())
+    matching = [number for number in numbers if pin in (None, manifests[number][1])]
+    require(bool(matching), "no version here, or none with that digest")
+    version = matching[-1]
+    data, digest = manifests[version]
+    manifest = parse_manifest(data)
+    check_manifest(manifest, version)
+
+    parent = manifest["parent"]
+    for number in range(version - 1, 0, -1):
+        require(number in manifests, f"version {number} is missing")
+        require(manifests[number][1] == parent, f"version {number} is not the parent of the next")
+        older = parse_manifest(manifests[number][0])
+        check_manifest(older, number)
+        same = older["meta"] == manifest["meta"] and older["schema"] == manifest["schema"]
+        require(same, f"version {number} has another meta or schema")
+        parent = older["parent"]
+
+    schema = shard_schema(manifest["schema"])
+    rows: list[dict[str, Any]] = []
+    for segment in manifest["segments"]:
+        rows += read_segment(path, segment, schema, manifest)
+    return {
+        "version": version,
+        "digest": digest,
+        "parent": manifest["parent"],
+        "topk": manifest["schema"]["topk"],
+        "manifest": manifest,
+        "rows": rows,
+    }
+
+
+def read_segment(
+    path: Path, segment: dict[str, Any], schema: pa.Schema, manifest: dict[str, Any]
+) -> list[dict[str, Any]]:
+    tables = []
+    for name, table_schema in (("shards", SHARD_TABLE), ("rollouts", ROLLOUT_TABLE)):
+        data = read_file(path / f"index/{segment[name]['sha256']}.arrow", segment[name]["n_bytes"])
+        batches = read_arrow(data, table_schema)
+        require(len(batches) == 1, "an index file has one record batch")
+        tables.append(batches[0].to_pylist())
+    shards, listed = tables
+    require(len(shards) == segment["n_shards"], "n_shards of a segment")
+    for name in ("rows", "tokens", "response_tokens", "n_bytes"):
+        require(sum(shard[name] for shard in shards) == segment[name], f"{name} of a segment")
+
+    places = []
+    rows = []
+    for number, shard in enumerate(shards):
+        raw = read_shard(path / f"shards/{shard['sha256'].hex()}.arrow", shard, schema)
+        checked = [check_row(row, manifest) for row in raw]
+        tokens = sum(len(row["token_ids"]) for row in checked)
+        prompts = sum(row["prompt_len"] for row in checked)
+        require(tokens == shard["tokens"], "tokens of a shard")
+        require(tokens - prompts == shard["response_tokens"], "response_tokens of a shard")
+        places += [(row["rollout_hash"], number, i) for i, row in enumerate(checked)]
+        rows += checked
+    found = [(entry["rollout_hash"], entry["shard"], entry["row"]) for entry in listed]
+    require(found == sorted(places), "the rollout table does not list every row in order")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Read a cache with every check of the specification.")
+    parser.add_argument("cache", help="folder of the cache, optionally with @sha256:...")
+    parser.add_argument("--row", type=int, help="print this rollout as JSON")
+    arguments = parser.parse_args()
+    text, _, pin = arguments.cache.partition("@sha256:")
+    try:
+        cache = read_cache(Path(text), f"sha256:{pin}" if pin else None)
+    except RefusedError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    if arguments.row is None:
+        tokens = sum(len(row["token_ids"]) for row in cache["rows"])
+        print(f"version {cache['version']}, {cache['digest']}")
+        print(f"{len(cache['rows'])} rollouts, {tokens} tokens, top-{cache['topk']}: every rule holds")
+    else:
+        row = cache["rows"][arguments.row]
+        print(json.dumps({k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

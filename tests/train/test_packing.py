@@ -1,0 +1,26 @@
+"""The two ways to run a batch, packed for variable-length attention and padded for the rest, agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from train.tiny_models import VOCAB
+
+from opd_store.testing import random_rollout
+from opd_train import collate
+from opd_train.trainer import packed_hidden, padded_hidden, response_hidden
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1, 7, 3), (2, 2, 2, 9)])
+def test_packed_rows_do_not_see_each_other(any_model, lengths):
+    rng = np.random.default_rng(0)
+    rollouts = [random_rollout(rng, vocab_size=VOCAB, prompt_len=1 + n % 3, response_len=n) for n in lengths]
+    batch = collate(rollouts, vocab_size=VOCAB)
+    with torch.no_grad():
+        packed, padded = packed_hidden(any_model, batch), padded_hidden(any_model, batch)
+        alone = torch.cat([padded_hidden(any_model, collate([r], vocab_size=VOCAB)) for r in rollouts])
+        chosen = response_hidden(any_model, batch)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chosen, alone, rtol=1e-4, atol=1e-5)
