@@ -19,6 +19,7 @@ from opd_store import CacheExistsError, CacheNotFoundError, InvalidArgumentError
 
 P = ParamSpec("P")
 MAX_TEXT = 200
+MAX_LINE = 2000
 _PLAIN_EVERY_S = 10.0
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
@@ -50,7 +51,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def _fail(error: Exception, code: int) -> None:
-    click.echo(f"opd: {printable(error, None)}", err=True)
+    click.echo(f"opd: {printable(error, MAX_LINE)}", err=True)
     sys.exit(code)
 
 

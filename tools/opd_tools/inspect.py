@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -27,7 +28,7 @@ def inspect_cache(uri: str, as_json: bool) -> None:
         print_json(found)
         return
     for title, rows in found.items():
-        click.secho(title, bold=True)
+        click.echo(title if "NO_COLOR" in os.environ else click.style(title, bold=True))
         for name, value in rows.items():
             shown = f"{value:,}" if isinstance(value, int | float) else printable(value)
             click.echo(f"  {name:<20} {shown}")

@@ -7,7 +7,7 @@ import sys
 import click
 
 import opd_store
-from opd_tools.console import Meter, command, print_json, printable
+from opd_tools.console import MAX_LINE, Meter, command, print_json, printable
 
 
 @click.command("verify")
@@ -32,7 +32,7 @@ def verify_cache(uri: str, as_json: bool) -> None:
         )
     else:
         for problem in report.problems:
-            click.echo(f"{type(problem).__name__}: {printable(problem, None)}", err=True)
+            click.echo(f"{type(problem).__name__}: {printable(problem, MAX_LINE)}", err=True)
         click.echo(
             f"{'ok' if report.ok else 'DAMAGED'}: {report.rollouts:,} rollouts, "
             f"{report.response_tokens:,} response "
