@@ -322,7 +322,7 @@ def response_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
 
 
 def packed_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
-    """[N, H] from one row of all tokens; positions that start again at 0 tell the model where rollouts begin."""
+    """[N, H] from one row of all tokens; positions that start again at 0 mark where rollouts begin."""
     hidden = student.hidden(batch.input_ids[None], None, position_ids=batch.position_ids[None])[0]
     return hidden[batch.response_index - 1]
 

@@ -1,0 +1,126 @@
+"""No off-by-one anywhere between a model and the loss.
+
+The teacher gives (id + 1) % VOCAB after any id, so a wrong shift by one shows as a hit rate of zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from train.tiny_models import CONTEXT, VOCAB, loaded, random_rollouts, scored_cache
+
+from opd_store import Rollout, SamplerInfo
+from opd_train import CacheStream, CorrectionConfig, Objective, Prompt, cache_divergence, sample_rollouts
+from opd_train.objectives import distill_loss, summarise
+from opd_train.trainer import response_hidden
+
+OBJECTIVES = list(Objective)
+
+
+@pytest.fixture(scope="module")
+def successor(models):
+    return loaded(models["successor"])
+
+
+@pytest.fixture(scope="module")
+def counting(successor, tmp_path_factory):
+    """A cache of rollouts that count up from different starts, scored by the teacher that counts."""
+    rng = np.random.default_rng(0)
+    rollouts = []
+    for number in range(30):
+        start, size, prompt = rng.integers(0, VOCAB), rng.integers(2, 20), rng.integers(1, 5)
+        tokens = ((start + np.arange(prompt + size)) % VOCAB).astype(np.uint32)
+        rollouts.append(Rollout(token_ids=tokens, prompt_len=int(prompt), sample_id=str(number)))
+    return scored_cache(tmp_path_factory.mktemp("counting") / "cache", successor, rollouts, topk=3)
+
+
+def batches(cache, **options):
+    return list(CacheStream(cache, batch_tokens=100, seed=1, **options))
+
+
+def hit_rate(cache, shift):
+    hits = n = 0
+    for batch in batches(cache):
+        first = batch.topk_ids[:, 0].roll(shift)
+        hits += int((first == batch.target_ids).sum())
+        n += len(first)
+    return hits / n
+
+
+def test_the_top_rank_is_the_token_itself_and_never_a_neighbour(counting):
+    assert hit_rate(counting, 0) == 1.0
+    assert hit_rate(counting, 1) < 0.02
+    assert hit_rate(counting, -1) < 0.02
+    for batch in batches(counting):
+        assert batch.teacher_logprob.min() > -1e-6
+        torch.testing.assert_close(batch.topk_logprob[:, 0], batch.teacher_logprob, rtol=0, atol=1e-6)
+
+
+def test_the_students_hidden_state_is_the_one_before_the_token(counting, successor):
+    for batch in batches(counting):
+        with torch.no_grad():
+            hidden = response_hidden(successor, batch)
+            predicted = successor.logits(hidden).argmax(dim=-1)
+        assert torch.equal(predicted, batch.target_ids)
+        assert not torch.equal(predicted.roll(1), batch.target_ids)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equal_models_have_nothing_to_learn(counting, successor, objective):
+    for batch in batches(counting):
+        with torch.no_grad():
+            result = distill_loss(
+                objective,
+                CorrectionConfig(),
+                10.0,
+                hidden=response_hidden(successor, batch),
+                lm_head=successor.logits,
+                batch=batch,
+                chunk=7,
+            )
+        assert abs(result.loss.item()) / result.n_kept < 1e-6
+        metrics = summarise(result.sums)
+        if objective.needs_topk:
+            assert metrics["top1"] == 1.0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_shift_by_one_would_cost_tens_of_nats(counting, successor, objective, shift):
+    batch = batches(counting)[0]
+    rolled = {
+        name: getattr(batch, name).roll(shift, dims=0)
+        for name in ("teacher_logprob", "topk_ids", "topk_logprob", "log_tail")
+    }
+    # The sampled-token objectives have no ids of their own to shift, so there the hidden states are.
+    with torch.no_grad():
+        hidden = response_hidden(successor, batch)
+        if objective.needs_topk:
+            batch = dataclasses.replace(batch, **rolled)
+        else:
+            hidden = hidden.roll(shift, dims=0)
+        result = distill_loss(
+            objective, CorrectionConfig(), 1e9, hidden=hidden, lm_head=successor.logits, batch=batch
+        )
+    size = abs(result.loss.item())
+    assert size / result.n_kept > 10
+
+
+def test_an_equal_random_model_has_zero_divergence(teacher, tmp_path):
+    cache = scored_cache(tmp_path / "cache", teacher, random_rollouts(8), topk=6)
+    found = cache_divergence(teacher, cache, batch_tokens=64)
+    assert abs(found["forward_kl"].mean) < 1e-5
+    assert abs(found["reverse_kl"].mean) < 1e-5
+    assert found["forward_kl"].n == 8
+
+
+def test_sampling_from_the_counter_counts_on(successor):
+    prompts = [Prompt(ids=np.array([5, 9, 30], np.uint32), sample_id="a")]
+    sampler = SamplerInfo(temperature=1.0, max_new_tokens=20, seed=0, stop_token_ids=(1,))
+    rollout = sample_rollouts(successor, prompts, sampler)[0]
+    assert rollout.response_ids.tolist() == [31, 32, 33, 34, 35, 36, 0, 1]
+    assert rollout.finish_reason == "stop"
+    assert len(rollout.token_ids) < CONTEXT

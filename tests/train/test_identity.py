@@ -1,0 +1,130 @@
+"""Does this cache belong to this run?"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from train.tiny_models import loaded, meta_of, model_info
+
+from opd_store import InvalidArgumentError, MismatchError, ModelInfo
+from opd_train import (
+    CorrectionConfig,
+    CorrectionKind,
+    Objective,
+    check_cache,
+    resolve_objective,
+    teacher_consistency,
+)
+from opd_train.identity import FIELDS
+
+OTHER = "sha256:" + "9" * 64
+WRONG = {
+    "tokenizer_fingerprint": ({"tokenizer_fingerprint": OTHER}, OTHER),
+    "vocab_size": ({"vocab_size": 1000}, "1000"),
+    "chat_template_digest": ({"chat_template_digest": OTHER}, OTHER),
+    "teacher_temperature": ({"teacher": ModelInfo(name="t", logprob_temperature=0.7)}, "0.7"),
+    "teacher_consistency": (
+        {"teacher": model_info("big", "1"), "sft_teacher": model_info("small", "2")},
+        "big sha256:" + "1" * 64,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def student(models):
+    return dataclasses.replace(loaded(models["llama"]), chat_template_digest="sha256:" + "7" * 64)
+
+
+def expected_value(student, field):
+    if field == "teacher_temperature":
+        return "1.0"
+    if field == "teacher_consistency":
+        return "small sha256:" + "2" * 64
+    return str(getattr(student, field))
+
+
+def test_every_field_has_a_case():
+    assert set(WRONG) == set(FIELDS)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_mismatch_is_refused_with_both_values_and_the_way_out(student, field):
+    changes, found = WRONG[field]
+    meta = dataclasses.replace(meta_of(student), **changes)
+    expected = expected_value(student, field)
+    with pytest.raises(MismatchError) as caught:
+        check_cache(meta, student)
+    error = caught.value
+    assert (error.field, error.expected, error.found) == (field, expected, found)
+    for part in (field, expected, found, f"--allow-mismatch {field}"):
+        assert part in str(error)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_only_the_named_field_is_allowed_and_it_is_reported(student, field):
+    changes, found = WRONG[field]
+    meta = dataclasses.replace(meta_of(student), **changes)
+    allowed = check_cache(meta, student, allow=[field])
+    assert [(m.field, m.expected, m.found) for m in allowed] == [
+        (field, expected_value(student, field), found)
+    ]
+    others = [name for name in FIELDS if name != field]
+    with pytest.raises(MismatchError, match=field):
+        check_cache(meta, student, allow=others)
+
+
+def test_all_at_once(student):
+    changes = {name: value for case, _ in WRONG.values() for name, value in case.items()}
+    changes["teacher"] = dataclasses.replace(model_info("big", "1"), logprob_temperature=0.7)
+    meta = dataclasses.replace(meta_of(student), **changes)
+    assert [mismatch.field for mismatch in check_cache(meta, student, allow=FIELDS)] == list(FIELDS)
+
+
+def test_what_the_cache_does_not_know_is_accepted(student):
+    assert check_cache(meta_of(student), student) == []
+    for known in (
+        {"teacher": ModelInfo(name="t")},
+        {"teacher": model_info("t", "1")},
+        {"teacher": ModelInfo(name="t"), "sft_teacher": model_info("t", "1")},
+        {"teacher": ModelInfo(name="t", logprob_temperature=1.0)},
+    ):
+        assert check_cache(dataclasses.replace(meta_of(student), **known), student) == []
+    untemplated = dataclasses.replace(student, chat_template_digest=None)
+    assert check_cache(dataclasses.replace(meta_of(student), chat_template_digest=OTHER), untemplated) == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sft", "verdict"),
+    [
+        (None, None, "unknown"),
+        (model_info("a", "1"), None, "unknown"),
+        (None, model_info("a", "1"), "unknown"),
+        (ModelInfo(name="a"), model_info("a", "1"), "unknown"),
+        (model_info("a", "1"), ModelInfo(name="a"), "unknown"),
+        (model_info("a", "1"), model_info("renamed", "1"), "consistent"),
+        (model_info("a", "1"), model_info("a", "2"), "inconsistent"),
+    ],
+)
+def test_consistency_is_of_digests_and_not_of_names(student, teacher, sft, verdict):
+    meta = dataclasses.replace(meta_of(student), teacher=teacher, sft_teacher=sft)
+    assert teacher_consistency(meta) == verdict
+
+
+def test_an_unknown_field_cannot_be_allowed(student):
+    with pytest.raises(InvalidArgumentError, match="'vocabulary' is not one of tokenizer_fingerprint"):
+        check_cache(meta_of(student), student, allow=["vocabulary"])
+
+
+def test_default_objectives():
+    none, tis = CorrectionConfig(), CorrectionConfig(kind=CorrectionKind.TOKEN_TIS)
+    assert resolve_objective(None, None, topk=8) == (Objective.FORWARD_KL, none)
+    assert resolve_objective(None, None, topk=0) == (Objective.LIGHTNING, tis)
+    # As published, where it is asked for by name.
+    assert resolve_objective(Objective.LIGHTNING, None, topk=8) == (Objective.LIGHTNING, none)
+    assert resolve_objective(None, tis, topk=8) == (Objective.FORWARD_KL, tis)
+    assert resolve_objective(None, none, topk=0) == (Objective.LIGHTNING, none)
+    for objective in (Objective.FORWARD_KL, Objective.REVERSE_KL):
+        assert resolve_objective(objective, None, topk=1) == (objective, none)
+        with pytest.raises(InvalidArgumentError, match=f"'{objective.value}' needs top-k"):
+            resolve_objective(objective, None, topk=0)

@@ -1,0 +1,469 @@
+"""The training loop: one denominator, exact resumption, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.tiny_models import EOS, loaded, random_rollouts, save_tiny, scored_cache
+
+import opd_store
+from opd_store import IntegrityError, InvalidArgumentError, MismatchError, OpdError, SamplerInfo, StorageError
+from opd_train import (
+    CacheStream,
+    CorrectionConfig,
+    CorrectionKind,
+    DistillConfig,
+    LiveSource,
+    Objective,
+    Prompt,
+    Trainer,
+    load_causal_lm,
+)
+from opd_train.checkpoint import latest_checkpoint
+from opd_train.trainer import learning_rate
+
+TIS = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=2.0)
+CONFIG = DistillConfig(
+    objective=Objective.FORWARD_KL,
+    correction=TIS,
+    steps=9,
+    lr=3e-3,
+    warmup_steps=3,
+    final_lr_share=0.5,
+    accumulate=2,
+    save_every=2,
+    head_chunk=7,
+)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trainer") / "cache"
+    return scored_cache(path, teacher, random_rollouts(24, seed=11), topk=6)
+
+
+class Stop(Exception):
+    """The end of a run that a test cuts short."""
+
+
+def trainer(cache, student, config=CONFIG, out=None, stop=None, source=None, log=None, **stream):
+    """Everything new, as a new process would have it."""
+    lm = load_causal_lm(student)
+    options = {"batch_tokens": 60, "epochs": None, "seed": config.seed} | stream
+    source = CacheStream(opd_store.open(cache.uri), **options) if source is None else source(lm)
+
+    def on_step(step, metrics):
+        if log is not None:
+            log.append((step, metrics))
+        if step == stop:
+            raise Stop
+
+    return Trainer(lm, source, config, out=out, on_step=on_step)
+
+
+def weights(lm):
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+
+
+def run(*args, **kwargs):
+    made = trainer(*args, **kwargs)
+    metrics = made.run()
+    return weights(made.student), metrics
+
+
+def assert_close(left, right, atol):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_it_learns(cache, models, objective):
+    log = []
+    config = dataclasses.replace(
+        CONFIG, objective=objective, correction=CorrectionConfig(), steps=25, lr=1e-2, save_every=0, clip=1e9
+    )
+    run(cache, models["llama"], config, log=log, batch_tokens=10_000)
+    name = {"lightning": "log_gap"}.get(objective.value, "loss")
+    first, last = abs(log[0][1][name]), abs(log[-1][1][name])
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5])
+@pytest.mark.parametrize("correction", [CorrectionConfig(), TIS], ids=["none", "token_tis"])
+def test_accumulating_four_batches_equals_one_large_batch(cache, models, correction, grad_clip):
+    config = dataclasses.replace(
+        CONFIG, correction=correction, steps=3, accumulate=4, save_every=0, grad_clip=grad_clip
+    )
+    large = dataclasses.replace(config, accumulate=1)
+    # Batches of different size: a mean of means would show.
+    small, log = [], []
+    parts, _ = run(cache, models["llama"], config, batch_rollouts=2, batch_tokens=10_000, log=small)
+    whole, _ = run(cache, models["llama"], large, batch_rollouts=8, batch_tokens=10_000, log=log)
+    assert_close(parts, whole, 1e-6)
+    for (_, left), (_, right) in zip(small, log, strict=True):
+        for name in set(left) - {"tokens_per_s"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+
+
+def test_the_gradient_is_the_mean_over_counted_tokens(cache, models):
+    # One step of plain gradient descent in disguise: the norm that is logged is that of the mean loss.
+    from opd_train.objectives import distill_loss
+    from opd_train.trainer import response_hidden
+
+    config = dataclasses.replace(CONFIG, steps=1, accumulate=2, grad_clip=0.0, save_every=0)
+    _, metrics = run(cache, models["llama"], config)
+    lm = load_causal_lm(models["llama"])
+    lm.model.train()
+    stream = CacheStream(cache, batch_tokens=60, seed=0)
+    losses = []
+    for _ in range(2):
+        batch = stream.next_batch()
+        hidden = response_hidden(lm, batch)
+        losses.append(
+            distill_loss(config.objective, TIS, 10.0, hidden=hidden, lm_head=lm.logits, batch=batch)
+        )
+    (sum(loss.loss for loss in losses) / sum(loss.n_kept for loss in losses)).backward()
+    norm = torch.stack([p.grad.norm() for p in lm.model.parameters()]).norm().item()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(cache, models):
+    config = dataclasses.replace(CONFIG, steps=3, save_every=0)
+    plain, _ = run(cache, models["llama"], config)
+    saved, _ = run(cache, models["llama"], dataclasses.replace(config, gradient_checkpointing=True))
+    assert_close(plain, saved, 1e-7)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "cohere", "granite"])
+def test_every_architecture_trains_and_resumes(cache, models, tmp_path, kind):
+    # GPT-2 with its dropout on, whose random numbers are part of the state.
+    config = dataclasses.replace(CONFIG, steps=4, gradient_checkpointing=kind == "gemma2")
+    whole, _ = run(cache, models[kind], config, tmp_path / "whole")
+    assert any(not torch.equal(whole[name], tensor) for name, tensor in weights(loaded(models[kind])).items())
+    with pytest.raises(Stop):
+        run(cache, models[kind], config, tmp_path / "cut", stop=3)
+    resumed, _ = run(cache, models[kind], config, tmp_path / "cut")
+    assert_equal(resumed, whole)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    found, _ = run(cache, models["llama"], CONFIG, out)
+    return out, found
+
+
+def metrics_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["tokens_per_s"], row["seconds"]
+    return rows
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 8, 9])
+def test_a_run_cut_after_any_step_ends_bit_for_bit_the_same(cache, models, tmp_path, uninterrupted, stop):
+    with pytest.raises(Stop):
+        run(cache, models["llama"], CONFIG, tmp_path / "out", stop=stop)
+    log = []
+    resumed, _ = run(cache, models["llama"], CONFIG, tmp_path / "out", log=log)
+    expected_out, expected = uninterrupted
+    assert_equal(resumed, expected)
+    # The checkpoint of step n is written after step n was reported.
+    assert log[0][0] == (stop - 1) // 2 * 2 + 1
+    final = (tmp_path / "out/final/model.safetensors").read_bytes()
+    assert final == (expected_out / "final/model.safetensors").read_bytes()
+    found = metrics_of(tmp_path / "out")
+    assert [row["step"] for row in found] == list(range(1, 10))
+    assert found == metrics_of(expected_out)
+
+
+def test_cut_again_and_again(cache, models, tmp_path, uninterrupted):
+    for stop in (3, 4, 5, 7):
+        with pytest.raises(Stop):
+            run(cache, models["llama"], CONFIG, tmp_path / "out", stop=stop)
+    resumed, _ = run(cache, models["llama"], CONFIG, tmp_path / "out")
+    assert_equal(resumed, uninterrupted[1])
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(cache, models, tmp_path, uninterrupted):
+    with pytest.raises(Stop):
+        run(cache, models["llama"], CONFIG, tmp_path / "out", stop=4)
+    with (tmp_path / "out/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    run(cache, models["llama"], CONFIG, tmp_path / "out")
+    assert metrics_of(tmp_path / "out") == metrics_of(uninterrupted[0])
+
+
+def test_a_finished_run_does_nothing(cache, models, uninterrupted):
+    out, _ = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    made = trainer(cache, models["llama"], out=out)
+    assert made.run() == {}
+    assert made.step == CONFIG.steps
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_what_is_written(cache, models, uninterrupted):
+    out, found = uninterrupted
+    assert {path.name for path in out.iterdir()} == {"final", "metrics.jsonl", "step-00000008"}
+    # Nothing that runs code when it is opened.
+    suffixes = {path.suffix for path in out.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja", ".txt"}
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes()[:1] != b"\x80", "a pickle"
+            assert path.read_bytes()[:2] != b"PK", "a zip, which is how torch.save packs pickles"
+    stored = load_file(out / "final/model.safetensors")
+    assert all(torch.equal(stored[name], found[name]) for name in stored)
+    lm = load_causal_lm(out / "final")
+    assert_equal(weights(lm), found)
+    assert lm.tokenizer_fingerprint == loaded(models["llama"]).tokenizer_fingerprint
+    assert lm.provenance["config"]["objective"] == "forward_kl"
+    assert lm.provenance["student"]["weights_digest"] == loaded(models["llama"]).info.weights_digest
+    assert lm.provenance["source"]["cache"] == cache.digest
+
+
+@pytest.fixture(scope="module")
+def cut(cache, models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cut") / "out"
+    with pytest.raises(Stop):
+        run(cache, models["llama"], CONFIG, out, stop=5)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("field", "there", "here", "change"),
+    [
+        ("config.lr", "0.003", "0.004", {"config": dataclasses.replace(CONFIG, lr=4e-3)}),
+        ("config.steps", "9", "10", {"config": dataclasses.replace(CONFIG, steps=10)}),
+        ("config.correction.cap", "2.0", "3.0", {"config": dataclasses.replace(
+            CONFIG, correction=dataclasses.replace(TIS, cap=3.0))}),
+        ("source.batch_tokens", "60", "61", {"batch_tokens": 61}),
+        ("source.ranks", "None", "3", {"ranks": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_the_checkpoint_of_another_run_is_refused(cache, models, cut, field, there, here, change):
+    before = sorted(cut.rglob("*"))
+    with pytest.raises(MismatchError) as caught:
+        run(cache, models["llama"], **({"config": CONFIG} | change), out=cut)
+    assert caught.value.field == field
+    assert (caught.value.found, caught.value.expected) == (there, here)
+    assert f"{field} is {there} there, {here} here" in str(caught.value)
+    assert sorted(cut.rglob("*")) == before
+
+
+def test_the_checkpoint_of_another_student_or_cache_is_refused(cache, models, cut, teacher, tmp_path):
+    other = save_tiny(tmp_path / "llama", seed=9)
+    with pytest.raises(MismatchError, match=r"student\.weights_digest is 'sha256:"):
+        run(cache, other, out=cut)
+    cache = scored_cache(tmp_path / "cache", teacher, random_rollouts(24, seed=12), topk=6)
+    with pytest.raises(MismatchError, match=f"source.cache is .* there, '{cache.digest}' here"):
+        run(cache, models["llama"], out=cut)
+
+
+def test_a_final_model_of_another_run_is_refused(cache, models, uninterrupted):
+    with pytest.raises(MismatchError, match=r"config\.lr"):
+        run(cache, models["llama"], dataclasses.replace(CONFIG, lr=1.0), uninterrupted[0])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_a_damaged_checkpoint_is_refused(cache, models, cut, tmp_path, name, damage):
+    out = tmp_path / "out"
+    shutil.copytree(cut, out)
+    path = out / "step-00000004" / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif name == "trainer.json":
+        path.write_text('{"version": 99}')
+    else:
+        path.write_bytes((models["gpt2"] / "model.safetensors").read_bytes())
+    with pytest.raises(IntegrityError, match="step-00000004"):
+        run(cache, models["llama"], out=out)
+
+
+def test_half_a_checkpoint_is_none(cache, models, cut, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    shutil.copytree(cut, out)
+    # What a kill leaves while a checkpoint is written, and while an old one is deleted.
+    shutil.copytree(out / "step-00000004", out / ".step-00000006.partial")
+    (out / ".step-00000006.partial/optimizer.safetensors").write_bytes(b"half")
+    (out / "step-00000002").mkdir()
+    assert latest_checkpoint(out) == out / "step-00000004"
+    resumed, _ = run(cache, models["llama"], out=out)
+    assert_equal(resumed, uninterrupted[1])
+    assert {path.name for path in out.iterdir()} == {"final", "metrics.jsonl", "step-00000008"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_stop_the_run_and_name_the_rows(cache, models, tmp_path, bad):
+    made = trainer(cache, models["llama"], out=tmp_path / "out")
+    with torch.no_grad():
+        made.student.model.model.layers[0].mlp.down_proj.weight[0, 0] = bad
+    rows = []
+    next_batch = made._source.next_batch
+
+    def spy():
+        batch = next_batch()
+        rows.extend(batch.row_ids.tolist())
+        return batch
+
+    made._source.next_batch = spy
+    before = weights(made.student)
+    with pytest.raises(OpdError, match=r"step 1: .* on cache rows \[\d+, ") as caught:
+        made.run()
+    assert str(rows) in str(caught.value)
+    for name, tensor in weights(made.student).items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), "no step was made"
+    assert not (tmp_path / "out/final").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cache, models, monkeypatch):
+    def broken(student, teacher, tail):
+        return kl(student, teacher, tail) * float("inf")
+
+    import opd_train.objectives as module
+
+    kl = module.topk_forward_kl
+    monkeypatch.setattr(module, "topk_forward_kl", broken)
+    with pytest.raises(OpdError, match=r"step 1: loss is (inf|nan|-inf) on cache rows \["):
+        run(cache, models["llama"])
+
+
+def test_a_masked_batch_does_not_stop_the_run(teacher, models, tmp_path):
+    rollouts = [
+        dataclasses.replace(r, loss_mask=torch.zeros(r.response_len, dtype=torch.bool).numpy())
+        for r in random_rollouts(3)
+    ]
+    cache = scored_cache(tmp_path / "cache", teacher, rollouts, topk=6)
+    config = dataclasses.replace(CONFIG, steps=2, weight_decay=0.0, save_every=0)
+    after, metrics = run(cache, models["llama"], config, batch_rollouts=1)
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert_equal(after, weights(loaded(models["llama"])))
+
+
+def test_a_source_that_ends_early(cache, models):
+    with pytest.raises(OpdError, match="the source has no more batches; give it more epochs"):
+        run(cache, models["llama"], dataclasses.replace(CONFIG, steps=1000, save_every=0), epochs=1)
+
+
+def live(models):
+    prompts = [Prompt(ids=torch.tensor([7 + i, 9, 20]).numpy(), sample_id=f"p{i}") for i in range(5)]
+    sampler = SamplerInfo(max_new_tokens=6, seed=5, stop_token_ids=(EOS,))
+    teacher = loaded(models["teacher"])
+    return lambda lm: LiveSource(lm, teacher, prompts, sampler, batch_rollouts=3, topk=6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_live_teacher_trains_and_resumes_bit_for_bit(cache, models, tmp_path, kind):
+    config = dataclasses.replace(CONFIG, steps=5)
+    whole, metrics = run(cache, models[kind], config, tmp_path / "whole", source=live(models))
+    assert metrics["ratio_mean"] > 0
+    for stop in (3, 5):
+        with pytest.raises(Stop):
+            run(cache, models[kind], config, tmp_path / f"cut{stop}", stop=stop, source=live(models))
+        resumed, _ = run(cache, models[kind], config, tmp_path / f"cut{stop}", source=live(models))
+        assert_equal(resumed, whole)
+
+
+def test_live_batches_start_on_policy(cache, models):
+    # The student without dropout is the policy that sampled, so the first step's ratios are one.
+    log = []
+    config = dataclasses.replace(CONFIG, steps=1, save_every=0)
+    run(cache, models["llama"], config, source=live(models), log=log)
+    assert log[0][1]["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert log[0][1]["ess"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(cache, models, tmp_path, monkeypatch, uninterrupted):
+    import opd_train.checkpoint as module
+
+    save_file, calls = module.safetensors.torch.save_file, []
+
+    def full(tensors, path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(module.safetensors.torch, "save_file", full)
+    with pytest.raises(
+        StorageError, match=r"No space left on device.*Earlier checkpoints are intact"
+    ) as caught:
+        run(cache, models["llama"], out=tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"step-00000002", "metrics.jsonl"}
+    monkeypatch.undo()
+    resumed, _ = run(cache, models["llama"], out=tmp_path / "out")
+    assert_equal(resumed, uninterrupted[1])
+
+
+def test_a_full_disk_as_tokenizers_reports_it(cache, models, tmp_path, monkeypatch):
+    made = trainer(cache, models["llama"], out=tmp_path / "out")
+
+    def full(*_: object, **__: object):
+        raise Exception("No space left on device (os error 28)")  # noqa: TRY002
+
+    monkeypatch.setattr(made.student.tokenizer, "save_pretrained", full)
+    with pytest.raises(StorageError, match=r"step-00000002: cannot write: No space left"):
+        made.run()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl"}
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(cache, models, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    log = []
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(StorageError, match=str(out)):
+            run(cache, models["llama"], out=out, log=log)
+    assert log == []
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"clip": 0.0},
+        {"accumulate": 0},
+        {"grad_clip": -1.0},
+        {"weight_decay": -0.1},
+        {"warmup_steps": -1},
+        {"save_every": -1},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(change):
+    (name,) = change
+    with pytest.raises(InvalidArgumentError, match=f"{name}: expected"):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = dataclasses.replace(CONFIG, lr=1.0, warmup_steps=4, steps=10, final_lr_share=0.2)
+    found = [learning_rate(config, step) for step in range(10)]
+    assert found[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert found[4:] == pytest.approx([1.0 - 0.8 * i / 6 for i in range(6)])
+    flat = dataclasses.replace(config, final_lr_share=1.0, warmup_steps=0)
+    assert {learning_rate(flat, step) for step in range(10)} == {1.0}
