@@ -17,7 +17,7 @@ from opd_store.errors import (
     UnsupportedVersionError,
 )
 from opd_store.hashing import rollout_hash, tokenizer_fingerprint
-from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta
+from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta, teacher_consistency
 from opd_store.rollout import Rollout
 from opd_store.verify import VerifyReport, verify
 from opd_store.writer import Version, Writer, append, create
@@ -50,6 +50,7 @@ __all__ = [
     "diff_meta",
     "open",
     "rollout_hash",
+    "teacher_consistency",
     "tokenizer_fingerprint",
     "verify",
 ]

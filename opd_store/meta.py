@@ -128,6 +128,22 @@ class CacheMeta:
         return _load(cls, value, where, allow_unknown)
 
 
+def teacher_consistency(meta: CacheMeta) -> str:
+    """Whether the student was fine-tuned on samples of the same teacher that scored the cache.
+
+    Returns:
+        "consistent" or "inconsistent" where both weight digests are known, else "unknown".
+
+    Source: arXiv 2604.13010, thm 3.8: otherwise the offline objective has a bias that no drift bound removes.
+    """
+    if meta.teacher is None or meta.sft_teacher is None:
+        return "unknown"
+    digests = meta.teacher.weights_digest, meta.sft_teacher.weights_digest
+    if None in digests:
+        return "unknown"
+    return "consistent" if digests[0] == digests[1] else "inconsistent"
+
+
 def diff_meta(expected: CacheMeta, found: CacheMeta) -> list[tuple[str, str, str]]:
     """Fields in which two descriptions differ: (dotted name, expected, found) as text."""
     return _diff("", _dump(expected), _dump(found))

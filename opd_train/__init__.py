@@ -1,11 +1,12 @@
 """Everything that needs torch: sampling, scoring, streaming, corrections, losses, the trainer."""
 
+from opd_store import teacher_consistency
 from opd_train.batches import TeacherBatch, collate
 from opd_train.checkpoint import save_model
 from opd_train.corrections import CorrectionConfig, CorrectionKind, correction_weights
 from opd_train.evaluation import Estimate, accuracy, cache_divergence, sequence_kl
 from opd_train.head import topk_logprobs
-from opd_train.identity import check_cache, resolve_objective, teacher_consistency
+from opd_train.identity import check_cache, find_doubts, resolve_objective
 from opd_train.live import LiveSource
 from opd_train.losses import sampled_token_loss, topk_forward_kl, topk_reverse_kl
 from opd_train.models import CausalLM, load_causal_lm, weights_digest
@@ -35,6 +36,7 @@ __all__ = [
     "check_cache",
     "collate",
     "correction_weights",
+    "find_doubts",
     "load_causal_lm",
     "read_prompts",
     "read_rollouts",

@@ -67,23 +67,38 @@ class TeacherBatch:
         return TeacherBatch(**moved)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Right-padded rows, for attention without variable lengths.
+        """All rollouts as right-padded rows, for attention without variable lengths.
 
         Returns:
             ids: [S, L] int64, 0 where padded.
             attention_mask: [S, L] int64.
-            source: [N] int64, index into the flattened [S * L] of the position that predicts each response
-            token.
+            source: [N] int64, index into the flattened [S * L] of what predicts each response token.
         """
+        ids, mask, source, _ = self.padded_rows(list(range(len(self.cu_seqlens) - 1)))
+        return ids, mask, source
+
+    def padded_rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Some rollouts as right-padded rows.
+
+        Returns:
+            ids, attention_mask, source: as for `padded`, of these rows and their response tokens only.
+            place: int64, where in [0, N) those response tokens are.
+        """
+        device = self.input_ids.device
         lengths = self.cu_seqlens.diff().long()
-        n_rows, longest = len(lengths), int(lengths.max())
-        row = torch.repeat_interleave(torch.arange(n_rows, device=lengths.device), lengths)
-        flat = row * longest + self.position_ids
-        ids = self.input_ids.new_zeros(n_rows * longest)
-        ids[flat] = self.input_ids
+        new_row = torch.full_like(lengths, -1)
+        new_row[torch.tensor(rows, device=device)] = torch.arange(len(rows), device=device)
+        row_of_token = torch.repeat_interleave(new_row, lengths)
+        longest = int(lengths[new_row >= 0].max())
+        flat = row_of_token * longest + self.position_ids
+        chosen = row_of_token >= 0
+        ids = self.input_ids.new_zeros(len(rows) * longest)
+        ids[flat[chosen]] = self.input_ids[chosen]
         mask = torch.zeros_like(ids)
-        mask[flat] = 1
-        return ids.view(n_rows, longest), mask.view(n_rows, longest), flat[self.response_index] - 1
+        mask[flat[chosen]] = 1
+        place = torch.nonzero(chosen[self.response_index])[:, 0]
+        source = flat[self.response_index[place]] - 1
+        return ids.view(len(rows), longest), mask.view(len(rows), longest), source, place
 
 
 def collate(

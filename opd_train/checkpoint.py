@@ -20,7 +20,8 @@ from opd_train.models import PROVENANCE_FILE, CausalLM
 _STEP_NAME = re.compile(r"step-(\d{8})")
 STATE_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = "student.safetensors"
+RANDOM_FILE = "random.safetensors"
 STATE_VERSION = 1
 
 
@@ -41,24 +42,28 @@ def save_checkpoint(
     out: Path,
     step: int,
 ) -> None:
-    """Write `out/step-XXXXXXXX`: the model, the optimizer and everything else needed to go on exactly; drop
-    older ones.
+    """Write `out/step-XXXXXXXX`: weights, optimizer and whatever else is needed to go on exactly.
+
+    Older checkpoints are removed.
 
     Raises:
         StorageError: the disk refused; the previous checkpoint is intact.
     """
 
     def write(temp: Path) -> None:
-        _write_model(lm, temp, provenance)
+        # By the names of the live modules: transformers writes some architectures under other names.
+        safetensors.torch.save_model(lm.model, str(temp / WEIGHTS_FILE))
         tensors, scalars = _flatten_optimizer(optimizer)
         safetensors.torch.save_file(tensors, temp / OPTIMIZER_FILE)
+        safetensors.torch.save_file(_random_state(), temp / RANDOM_FILE)
+        _write_provenance(temp, provenance)
         content = {"version": STATE_VERSION, "step": step, "optimizer": scalars, **state}
         (temp / STATE_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
 
     _write_directory(out / f"step-{step:08d}", write)
     for old_step, path in _checkpoints(out):
         if old_step < step:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest_checkpoint(out: Path) -> Path | None:
@@ -88,7 +93,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_tensors(
     lm: CausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path, state: dict[str, Any]
 ) -> None:
-    """Put weights and optimizer state back, in place. Raises IntegrityError."""
+    """Put weights, optimizer state and random state back, in place. Raises IntegrityError."""
     try:
         safetensors.torch.load_model(lm.model, checkpoint / WEIGHTS_FILE, device=str(lm.device))
         tensors = safetensors.torch.load_file(checkpoint / OPTIMIZER_FILE, device=str(lm.device))
@@ -97,11 +102,27 @@ def load_tensors(
         for name, tensor in tensors.items():
             index, _, field = name.partition(".")
             content["state"].setdefault(int(index), {})[field] = tensor.cpu() if field == "step" else tensor
-    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        raise IntegrityError(f"{checkpoint}: cannot be read ({error}); delete it to start again") from error
-    for group, scalars in zip(content["param_groups"], state["optimizer"], strict=True):
-        group.update(scalars)
-    optimizer.load_state_dict(content)
+        for group, scalars in zip(content["param_groups"], state["optimizer"], strict=True):
+            group.update(scalars)
+        optimizer.load_state_dict(content)
+        _set_random_state(safetensors.torch.load_file(checkpoint / RANDOM_FILE))
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        raise IntegrityError(
+            f"{checkpoint}: cannot be read ({error!s:.200}); delete it to start again"
+        ) from error
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states.pop("cpu"))
+    for device, state in states.items():
+        torch.cuda.set_rng_state(state, device)
 
 
 def _flatten_optimizer(
@@ -132,6 +153,10 @@ def _write_model(lm: CausalLM, directory: Path, provenance: dict[str, Any]) -> N
             raise
         # How tokenizers reports what the disk refuses.
         raise OSError(str(error)) from error
+    _write_provenance(directory, provenance)
+
+
+def _write_provenance(directory: Path, provenance: dict[str, Any]) -> None:
     text = json.dumps(provenance, indent=1, ensure_ascii=True, allow_nan=False, sort_keys=True)
     (directory / PROVENANCE_FILE).write_text(text + "\n", "utf-8")
 

@@ -6,6 +6,7 @@ log-probs). All weights are detached. Pure functions; no logging, no collectives
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -37,7 +38,7 @@ class CorrectionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", CorrectionKind(self.kind))
-        if not self.cap >= 1.0:
+        if not 1.0 <= self.cap < math.inf:
             raise InvalidArgumentError(f"cap: expected at least 1, found {self.cap}")
 
     @property

@@ -14,11 +14,11 @@ import torch
 
 from opd_store import Cache, InvalidArgumentError, MismatchError, Rollout
 from opd_train.batches import collate
+from opd_train.forward import response_hidden
 from opd_train.head import topk_logprobs
 from opd_train.losses import topk_forward_kl, topk_reverse_kl
 from opd_train.models import CausalLM
 from opd_train.scoring import plan_batches
-from opd_train.trainer import response_hidden
 
 
 @dataclass(frozen=True, slots=True)

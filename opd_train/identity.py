@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from opd_store import CacheMeta, InvalidArgumentError, MismatchError
+from opd_store import CacheMeta, InvalidArgumentError, MismatchError, teacher_consistency
 from opd_train.corrections import CorrectionConfig
 from opd_train.models import CausalLM
 from opd_train.objectives import Objective
@@ -30,22 +31,6 @@ class Mismatch:
     remedy: str
 
 
-def teacher_consistency(meta: CacheMeta) -> str:
-    """Whether the student was fine-tuned on samples of the same teacher that scored the cache.
-
-    Returns:
-        "consistent" or "inconsistent" where both weight digests are known, else "unknown".
-
-    Source: arXiv 2604.13010, thm 3.8: otherwise the offline objective has a bias that no drift bound removes.
-    """
-    if meta.teacher is None or meta.sft_teacher is None:
-        return "unknown"
-    digests = meta.teacher.weights_digest, meta.sft_teacher.weights_digest
-    if None in digests:
-        return "unknown"
-    return "consistent" if digests[0] == digests[1] else "inconsistent"
-
-
 def find_mismatches(meta: CacheMeta, student: CausalLM) -> list[Mismatch]:
     """Every field of FIELDS on which they disagree. What the cache does not know is not a disagreement."""
     found = []
@@ -64,16 +49,30 @@ def find_mismatches(meta: CacheMeta, student: CausalLM) -> list[Mismatch]:
     if temperature not in (None, 1.0):
         remedy = "score the rollouts again at temperature 1"
         found.append(Mismatch("teacher_temperature", "1.0", str(temperature), remedy))
-    if teacher_consistency(meta) == "inconsistent":
-        assert meta.teacher is not None
-        assert meta.sft_teacher is not None
-        pair = (
-            f"{meta.sft_teacher.name} {meta.sft_teacher.weights_digest}",
-            f"{meta.teacher.name} {meta.teacher.weights_digest}",
-        )
-        remedy = "score with the teacher whose samples the student was fine-tuned on"
-        found.append(Mismatch("teacher_consistency", *pair, remedy))
+    for sft_teacher in (meta.sft_teacher, student.sft_teacher):
+        if teacher_consistency(dataclasses.replace(meta, sft_teacher=sft_teacher)) == "inconsistent":
+            assert meta.teacher is not None
+            assert sft_teacher is not None
+            pair = (
+                f"{sft_teacher.name} {sft_teacher.weights_digest}",
+                f"{meta.teacher.name} {meta.teacher.weights_digest}",
+            )
+            remedy = "score with the teacher whose samples the student was fine-tuned on"
+            found.append(Mismatch("teacher_consistency", *pair, remedy))
+            break
     return found
+
+
+def find_doubts(meta: CacheMeta, student: CausalLM) -> list[str]:
+    """What cannot be ruled out, one sentence each; reported and recorded, not refused."""
+    doubts = []
+    known = dataclasses.replace(meta, sft_teacher=meta.sft_teacher or student.sft_teacher)
+    if meta.teacher is not None and teacher_consistency(known) == "unknown":
+        doubts.append("It is not known whether the student was fine-tuned on samples of this teacher.")
+    behaviour = meta.behaviour and meta.behaviour.weights_digest
+    if meta.teacher is not None and behaviour not in (None, student.info.weights_digest):
+        doubts.append("The rollouts were not sampled from this student, so training starts off-policy.")
+    return doubts
 
 
 def check_cache(meta: CacheMeta, student: CausalLM, *, allow: Collection[str] = ()) -> list[Mismatch]:

@@ -16,10 +16,10 @@ import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput
 
 import opd_store
-from opd_store import InvalidArgumentError, ModelInfo
+from opd_store import FormatError, InvalidArgumentError, ModelInfo
 
 PROVENANCE_FILE = "opd.json"
 """Written beside every model we train: which teacher's samples or cache it was trained on."""
@@ -48,6 +48,18 @@ class CausalLM:
     def vocab_size(self) -> int:
         """V, rows of the output head, which may exceed the tokenizer's entries."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def sft_teacher(self) -> ModelInfo | None:
+        """The model whose samples this one was fine-tuned on, as `opd.json` says; None where unknown.
+
+        Raises:
+            FormatError: the file describes it wrongly.
+        """
+        described = self.provenance.get("sft_teacher")
+        if described is None:
+            return None
+        return ModelInfo.from_json(described, where=f"{self.path / PROVENANCE_FILE}: sft_teacher")
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +96,16 @@ class CausalLM:
             return self.model(inputs_embeds=hidden_NH[None], use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
+class _BodyOutput(BaseModelOutput):  # type: ignore[misc]
+    def __getattr__(self, name: str) -> None:
+        # Heads pass on what else their body returns (caches, router logits); there is nothing else.
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _ReturnInput(nn.Module):
-    def forward(
-        self, *_: object, inputs_embeds: Tensor, **__: object
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=inputs_embeds)
 
 
 @contextmanager
@@ -116,6 +133,7 @@ def load_causal_lm(
 
     Raises:
         InvalidArgumentError: not such a directory, no fast tokenizer, or a head that cannot be applied apart.
+        FormatError: a damaged directory, or one that needs code or pickled weights of its own.
     """
     directory = Path(path)
     if not (directory / "config.json").is_file():
@@ -123,20 +141,26 @@ def load_causal_lm(
             f"{directory}: not a Hugging Face model directory (no config.json). "
             "Pass the local directory of a downloaded model."
         )
+    safe = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **safe)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
-            local_files_only=True,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            use_safetensors=True,
+            **safe,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise InvalidArgumentError(f"{directory}: transformers cannot load it: {error!s:.500}") from error
+    except Exception as error:  # a damaged directory can raise anything here
+        raise FormatError(
+            f"{directory}: transformers cannot load it ({type(error).__name__}: {error!s:.500}). "
+            "Fetch it again; "
+            "pickled weights and models that bring their own code are never opened."
+        ) from error
     if report["missing_keys"]:
         # transformers fills them with random numbers and goes on.
-        raise InvalidArgumentError(
+        raise FormatError(
             f"{directory}: its weights lack {sorted(report['missing_keys'])[0]!r:.200}; fetch it again"
         )
     model = model.to(device).eval()
@@ -157,6 +181,14 @@ def load_causal_lm(
         chat_template_digest=_chat_template_digest(tokenizer),
         provenance=read_provenance(directory),
     )
+    try:
+        stops, context = loaded.stop_token_ids, loaded.context
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{directory}: eos_token_id or max_position_embeddings is not a number") from error
+    if context < 2 or not all(0 <= stop < loaded.vocab_size for stop in stops):
+        raise FormatError(
+            f"{directory}: stop ids {stops} and context {context} do not fit {loaded.vocab_size} logits"
+        )
     _check_head(loaded)
     return loaded
 
@@ -168,13 +200,10 @@ def weights_digest(directory: str | os.PathLike[str]) -> str:
     on the dtype they are later run in.
 
     Raises:
-        InvalidArgumentError: no safetensors files, or one that cannot be read.
+        InvalidArgumentError: no safetensors files.
+        FormatError: one that cannot be read.
     """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise InvalidArgumentError(
-            f"{directory}: no *.safetensors files; convert the weights (pickled ones are never opened)"
-        )
+    files = _weight_files(Path(directory))
     hasher = hashlib.sha256(_WEIGHTS_DOMAIN)
     try:
         with ExitStack() as stack:
@@ -187,10 +216,25 @@ def weights_digest(directory: str | os.PathLike[str]) -> str:
                 hasher.update(struct.pack(f"<{1 + tensor.ndim}Q", tensor.ndim, *tensor.shape))
                 hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     except (OSError, safetensors.SafetensorError) as error:
-        raise InvalidArgumentError(
-            f"{directory}: its weights cannot be read: {error}; fetch it again"
-        ) from error
+        raise FormatError(f"{directory}: its weights cannot be read: {error}; fetch it again") from error
     return "sha256:" + hasher.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that transformers loads."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            return sorted(directory / Path(name).name for name in names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{index}: not an index of weights: {error!s:.200}; fetch it again") from error
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        raise InvalidArgumentError(
+            f"{directory}: no model.safetensors; convert the weights (pickled ones are never opened)"
+        )
+    return [single]
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
@@ -199,10 +243,10 @@ def read_provenance(directory: Path) -> dict[str, Any]:
         value = json.loads((directory / PROVENANCE_FILE).read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise InvalidArgumentError(f"{directory / PROVENANCE_FILE}: not JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{directory / PROVENANCE_FILE}: not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise InvalidArgumentError(f"{directory / PROVENANCE_FILE}: expected a JSON object")
+        raise FormatError(f"{directory / PROVENANCE_FILE}: expected a JSON object")
     return value
 
 

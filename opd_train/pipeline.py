@@ -26,9 +26,9 @@ from opd_store import (
     Version,
     Writer,
 )
-from opd_train.models import PROVENANCE_FILE, CausalLM
+from opd_train.models import CausalLM
 from opd_train.sampling import Prompt, make_processor, sample_rollouts
-from opd_train.scoring import score_rollouts, with_teacher
+from opd_train.scoring import check_fits, score_rollouts, with_teacher
 
 Progress = Callable[[int, int], None]
 """Called with (units done, units in all)."""
@@ -78,7 +78,7 @@ def roll_out(
         ),
         reference=lm.info,
         sampler=sampler,
-        sft_teacher=_sft_teacher(lm),
+        sft_teacher=lm.sft_teacher,
         prompt_dataset=prompt_dataset,
         prompt_revision=prompt_revision,
         code_version=CODE_VERSION,
@@ -104,7 +104,16 @@ def roll_out(
         done = writer.base
 
         def is_done(start: int, end: int) -> bool:
-            if done is None or end > len(done):
+            if done is None:
+                return False
+            if len(done) > len(draws):
+                raise MismatchError(
+                    f"{uri}: holds {len(done)} rollouts, this run samples {len(draws)}; choose another path",
+                    field="prompts",
+                    expected=str(len(draws)),
+                    found=str(len(done)),
+                )
+            if end > len(done):
                 return False
             for draw, rollout in zip(draws[start:end], map(done.__getitem__, range(start, end)), strict=True):
                 prompt = rollout.token_ids[: rollout.prompt_len]
@@ -162,6 +171,20 @@ def score_cache(
                 expected=source.tokenizer_fingerprint,
                 found=model.tokenizer_fingerprint,
             )
+    behaviour = source.behaviour and source.behaviour.weights_digest
+    if reference is not None and behaviour not in (None, reference.info.weights_digest):
+        raise MismatchError(
+            f"reference: the rollouts were sampled by weights {behaviour}, {reference.path} has "
+            f"{reference.info.weights_digest}; give the behaviour checkpoint",
+            field="reference",
+            expected=str(behaviour),
+            found=str(reference.info.weights_digest),
+        )
+    # All of them before the first is scored, so that a bad row far down does not cost the rows before it.
+    for number, rollout in enumerate(rollouts):
+        for model in (lm, reference):
+            if model is not None:
+                check_fits(model, rollout, number)
     meta = dataclasses.replace(
         source,
         vocab_size=lm.vocab_size,
@@ -196,21 +219,19 @@ def _with_reference(
     rollouts: Sequence[Rollout], reference: CausalLM, sampler: SamplerInfo | None, batch_tokens: int
 ) -> list[Rollout]:
     raw = score_rollouts(reference, rollouts, batch_tokens=batch_tokens)
-    found: list[dict[str, Any]] = [{"reference_logprob": scores.logprob} for scores in raw]
+    found: list[dict[str, Any]] = [
+        {} if rollout.reference_logprob is not None else {"reference_logprob": scores.logprob}
+        for rollout, scores in zip(rollouts, raw, strict=True)
+    ]
     if sampler is not None and any(rollout.behaviour_logprob is None for rollout in rollouts):
         processor = make_processor(sampler)
         processed = score_rollouts(reference, rollouts, batch_tokens=batch_tokens, processor=processor)
         for fields, rollout, scores in zip(found, rollouts, processed, strict=True):
             if rollout.behaviour_logprob is None:
-                fields["behaviour_logprob"] = scores.logprob
+                # Greedy decoding draws its token with certainty.
+                certain = sampler.temperature == 0
+                fields["behaviour_logprob"] = np.zeros_like(scores.logprob) if certain else scores.logprob
     return [dataclasses.replace(rollout, **fields) for rollout, fields in zip(rollouts, found, strict=True)]
-
-
-def _sft_teacher(lm: CausalLM) -> ModelInfo | None:
-    described = lm.provenance.get("sft_teacher")
-    if described is None:
-        return None
-    return ModelInfo.from_json(described, where=f"{lm.path / PROVENANCE_FILE}: sft_teacher")
 
 
 def _open_writer(uri: str | os.PathLike[str], meta: CacheMeta, *, topk: int) -> Writer:

@@ -164,6 +164,16 @@ def _sample_batch(
         logits_BV = lm.logits(output.last_hidden_state[:, -1])
         drawn, processed = _draw(process(logits_BV), uniforms[:, step], greedy=sampler.temperature == 0)
         raw = logits_BV.gather(-1, drawn[:, None])[:, 0] - torch.logsumexp(logits_BV, dim=-1)
+        if not bool(torch.isfinite(raw).all()):
+            row = int(rows[~torch.isfinite(raw)][0])
+            raise InvalidRolloutError(
+                f"prompt {prompts[row].sample_id!r:.100}, response position {step}: the logits of "
+                f"{lm.path} are not "
+                "finite; check its weights and the dtype (try float32)",
+                sample_id=prompts[row].sample_id,
+                field="logits",
+                position=step,
+            )
         ended = torch.isin(drawn, stops)
         columns = (rows.tolist(), drawn.tolist(), processed.tolist(), raw.tolist(), ended.tolist())
         for row, token, lp_processed, lp_raw, end in zip(*columns, strict=True):

@@ -81,7 +81,7 @@ def score_rollouts(
     if topk > lm.vocab_size:
         raise InvalidArgumentError(f"topk: {topk} ranks of a model with {lm.vocab_size} logits")
     for number, rollout in enumerate(rollouts):
-        _check_fits(lm, rollout, number)
+        check_fits(lm, rollout, number)
     found: list[Scores | None] = [None] * len(rollouts)
     done = 0
     for group in plan_batches([len(rollout.token_ids) for rollout in rollouts], batch_tokens):
@@ -94,7 +94,8 @@ def score_rollouts(
     return [scores for scores in found if scores is not None]
 
 
-def _check_fits(lm: CausalLM, rollout: Rollout, number: int) -> None:
+def check_fits(lm: CausalLM, rollout: Rollout, number: int) -> None:
+    """Raise InvalidRolloutError unless the model can score the rollout, the `number`-th of its source."""
     name = rollout.sample_id if rollout.sample_id is not None else f"number {number}"
     if not 1 <= rollout.prompt_len < len(rollout.token_ids):
         raise InvalidRolloutError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_store import Cache, InvalidArgumentError, MismatchError
+from opd_store import Cache, InvalidArgumentError, InvalidRolloutError, MismatchError
 from opd_train.batches import TeacherBatch, collate
 
 STATE_VERSION = 1
@@ -43,6 +43,8 @@ class CacheStream:
         ranks: int | None = None,
         epochs: int | None = 1,
         device: torch.device | str = "cpu",
+        vocab_size: int | None = None,
+        context: int | None = None,
     ) -> None:
         """
         Args:
@@ -52,6 +54,8 @@ class CacheStream:
             ranks: how many of the cached top-k ranks to read; None means all.
             epochs: passes over the cache; None means without end.
             device: where batches are delivered.
+            vocab_size: logits of the student, if fewer than the teacher's; every id is proven below it.
+            context: longest rollout the student takes; None for no limit.
 
         Raises:
             InvalidArgumentError: an argument out of range, an empty cache, or a rollout longer than
@@ -71,6 +75,8 @@ class CacheStream:
         self._batch_tokens, self._batch_rollouts = batch_tokens, batch_rollouts
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._ranks, self._epochs, self._device = ranks, epochs, device
+        self._vocab_size = min(cache.meta.vocab_size, vocab_size or cache.meta.vocab_size)
+        self._context = context
         self._columns = _COLUMNS if cache.topk else _COLUMNS[:4]
         self._epoch = self._position = 0
         self._order_of: tuple[int, np.ndarray[Any, Any]] | None = None
@@ -95,6 +101,13 @@ class CacheStream:
             row = int(order[self._position + len(rows)])
             rollout = self._cache.rollout(row, ranks=self._ranks, columns=self._columns)
             n_tokens += len(rollout.token_ids)
+            if self._context is not None and len(rollout.token_ids) > self._context:
+                raise InvalidRolloutError(
+                    f"{self._cache.uri}: row {row} has {len(rollout.token_ids)} tokens, the student's "
+                    "context is "
+                    f"{self._context}; use a student with a longer one, or a cache of shorter rollouts",
+                    field="token_ids",
+                )
             if n_tokens > self._batch_tokens:
                 if not rows:
                     raise InvalidArgumentError(
@@ -105,7 +118,7 @@ class CacheStream:
             rows.append(row)
             rollouts.append(rollout)
         self._position += len(rows)
-        return collate(rollouts, vocab_size=self._cache.meta.vocab_size, row_ids=rows).to(self._device)
+        return collate(rollouts, vocab_size=self._vocab_size, row_ids=rows).to(self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as JSON values; the next batch is not part of it yet."""

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from opd_store import InvalidArgumentError, MismatchError, OpdError
+from opd_store import IntegrityError, InvalidArgumentError, MismatchError, OpdError
 from opd_train.batches import TeacherBatch
 from opd_train.checkpoint import (
     latest_checkpoint,
@@ -27,7 +26,8 @@ from opd_train.checkpoint import (
     storage_errors,
 )
 from opd_train.corrections import CorrectionConfig
-from opd_train.models import CausalLM, read_provenance
+from opd_train.forward import response_hidden
+from opd_train.models import CausalLM, load_causal_lm, read_provenance
 from opd_train.objectives import Objective, distill_loss, summarise
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,18 +61,21 @@ class DistillConfig:
     autocast: bool = False
     """bfloat16 forward and backward over float32 weights; for GPUs."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves only the end."""
+    """Steps between checkpoints; 0 saves only the end. A rerun may change it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", Objective(self.objective))
-        positive = {"clip": self.clip, "steps": self.steps, "lr": self.lr, "accumulate": self.accumulate}
-        for name, value in positive.items():
-            if not value > 0:
-                raise InvalidArgumentError(f"{name}: expected more than 0, found {value}")
+        for name in ("clip", "steps", "lr", "accumulate", "head_chunk"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidArgumentError(f"{name}: expected more than 0, found {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "save_every"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InvalidArgumentError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        if not all(0 <= share <= 1 for share in (self.final_lr_share, *self.betas)):
+            raise InvalidArgumentError(
+                f"final_lr_share and betas: expected 0..1, found {self.final_lr_share} and {self.betas}"
+            )
 
 
 class BatchSource(Protocol):
@@ -134,10 +137,10 @@ class Trainer:
         self._source, self._out, self._on_step = source, out, on_step
         described = {
             "student": student.info.to_json(),
-            "config": dataclasses.asdict(config),
+            "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "save_every"},
             "source": source.state_dict(),
         }
-        self._provenance = json.loads(json.dumps({**(provenance or {}), **described}))
+        self._provenance = json.loads(json.dumps({**(provenance or {}), **described}, allow_nan=False))
         self.stopwatch = stopwatch or Stopwatch()
         self.step = 0
         self._parameters = [p for p in student.model.parameters() if p.requires_grad]
@@ -155,7 +158,7 @@ class Trainer:
         return None if self._out is None else self._out / FINAL_DIR
 
     def run(self) -> dict[str, float]:
-        """Train to the last step and save. Returns the last step's metrics.
+        """Train to the last step and save. Returns the last step's metrics; {} if the run was done already.
 
         Raises:
             MismatchError: the checkpoint in `out` is of another run.
@@ -167,6 +170,8 @@ class Trainer:
         if self._out is not None:
             if (self._out / FINAL_DIR).exists():
                 self._check_same_run(self._out / FINAL_DIR)
+                trained = load_causal_lm(self._out / FINAL_DIR, device=str(self.student.device))
+                self.student.model.load_state_dict(trained.model.state_dict())
                 self.step = self.config.steps
                 return metrics
             # Before the first step, so that an unusable place costs no work.
@@ -184,7 +189,6 @@ class Trainer:
                     state = {
                         "source": self._source.state_dict(),
                         "seconds": dict(self.stopwatch.seconds),
-                        "rng": torch.get_rng_state().tolist(),
                     }
                     save_checkpoint(
                         self.student, self._optimizer, state, self._provenance, self._out, self.step
@@ -272,7 +276,9 @@ class Trainer:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text("utf-8").splitlines():
+        with storage_errors(path):
+            lines = path.read_text("utf-8", errors="replace").splitlines()
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= self.step:
                     kept.append(line)
@@ -286,11 +292,17 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         self._check_same_run(checkpoint)
         state = read_state(checkpoint)
+        try:
+            self._source.load_state_dict(state["source"])
+            self.stopwatch.seconds.update(state["seconds"])
+            self.step = int(state["step"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, OpdError):
+                raise
+            raise IntegrityError(
+                f"{checkpoint}: its state lacks {error!s:.200}; delete it to start again"
+            ) from error
         load_tensors(self.student, self._optimizer, checkpoint, state)
-        self._source.load_state_dict(state["source"])
-        self.stopwatch.seconds.update(state["seconds"])
-        torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
-        self.step = int(state["step"])
 
     def _check_same_run(self, directory: Path) -> None:
         found = read_provenance(directory)
@@ -309,28 +321,6 @@ def learning_rate(config: DistillConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (config.steps - step) / max(1, config.steps - config.warmup_steps)
     return config.lr * warm * (config.final_lr_share + (1 - config.final_lr_share) * min(1.0, left))
-
-
-def response_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
-    """[N, H] the hidden states that predict each response token.
-
-    Variable-length attention runs on the packed tokens; other implementations get padded rows, since a mask
-    over packed rows would cost the square of the batch.
-    """
-    varlen = str(student.model.config._attn_implementation).startswith("flash")
-    return packed_hidden(student, batch) if varlen else padded_hidden(student, batch)
-
-
-def packed_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
-    """[N, H] from one row of all tokens; positions that start again at 0 mark where rollouts begin."""
-    hidden = student.hidden(batch.input_ids[None], None, position_ids=batch.position_ids[None])[0]
-    return hidden[batch.response_index - 1]
-
-
-def padded_hidden(student: CausalLM, batch: TeacherBatch) -> Tensor:
-    """[N, H] from one padded row a rollout."""
-    ids, mask, source = batch.padded()
-    return student.hidden(ids, mask).flatten(0, 1)[source]
 
 
 def _differences(prefix: str, expected: object, found: object) -> Iterator[tuple[str, object, object]]:

@@ -24,10 +24,10 @@ from opd_tools.console import quiet_libraries
 from opd_tools.main import main as opd
 
 import opd_store
-from opd_store import MismatchError, SamplerInfo
-from opd_train import CausalLM, check_cache, read_prompts, roll_out, save_model, score_cache
+from opd_store import SamplerInfo
+from opd_train import CausalLM, read_prompts, roll_out, save_model, score_cache
 
-N_TEST, N_VALIDATION, N_TEACHER, N_SFT, N_OPD = 2000, 256, 40_000, 6000, 6400
+N_TEST, N_VALIDATION, N_TEACHER, N_SFT = methods.FINAL_PROBLEMS, 256, 40_000, 6000
 SEEDS = (0, 1, 2)
 OTHER_DIALECT_SHARE = 0.9
 SFT_TARGET = 0.4
@@ -35,10 +35,14 @@ SFT_TARGET = 0.4
 not do: how fast so small a model learns the task depends on rounding."""
 
 
+def held_out() -> list[task.Problem]:
+    """Problems no model is trained on: test, then validation."""
+    return task.problems(N_TEST + N_VALIDATION, seed=1)
+
+
 def train_teacher(root: Path) -> float:
     """A Llama of 109 thousand parameters that learns dialect A from worked examples."""
-    test = set(task.problems(N_TEST, seed=1))
-    problems = task.problems(N_TEACHER, seed=2, exclude=test)
+    problems = task.problems(N_TEACHER, seed=2, exclude=held_out())
     lm = models.create(root / "teacher.new", hidden=64, intermediate=192, heads=4, seed=0)
     examples = models.worked_examples(lm, problems, 0.0, seed=0)
     models.train_supervised(lm, examples, steps=350, lr=5e-3, warmup=50, seed=0, final_share=0.05)
@@ -49,8 +53,7 @@ def train_teacher(root: Path) -> float:
 def train_other_teacher(root: Path) -> float:
     """The same teacher, fine-tuned on worked examples mostly in dialect B: as able, but of another mind."""
     torch.set_num_threads(1)
-    test = set(task.problems(N_TEST, seed=1))
-    problems = task.problems(N_TEACHER, seed=3, exclude=test)
+    problems = task.problems(N_TEACHER, seed=3, exclude=held_out())
     lm = models.load(root / "teacher")
     examples = models.worked_examples(lm, problems, OTHER_DIALECT_SHARE, seed=1)
     models.train_supervised(lm, examples, steps=140, lr=3e-3, warmup=10, seed=1)
@@ -70,7 +73,7 @@ def train_student(root: Path) -> tuple[int, float]:
 
     def good_enough() -> bool:
         lm.model.eval()
-        return methods.count_correct(lm, validation) >= SFT_TARGET * len(validation)
+        return sum(methods.judge(lm, validation)) >= SFT_TARGET * len(validation)
 
     steps = models.train_supervised(
         lm, examples, steps=600, lr=6e-3, warmup=20, seed=2, stop_when=good_enough
@@ -110,14 +113,15 @@ def _sample(lm: CausalLM, prompts: Path, out: Path, *, seed: int) -> None:
 
 def _validation_accuracy(lm: CausalLM, root: Path) -> float:
     prompts = read_prompts(root / "validation.jsonl", lm)
-    return methods.count_correct(lm, prompts) / len(prompts)
+    return sum(methods.judge(lm, prompts)) / len(prompts)
 
 
 def write_prompts(root: Path) -> None:
     """Disjoint problems for test, validation, SFT and distillation."""
-    taken = task.problems(N_TEST, seed=1)
-    task.write_prompts_jsonl(root / "test.jsonl", taken)
-    for name, n, seed in (("validation", N_VALIDATION, 4), ("sft-prompts", N_SFT, 5), ("prompts", N_OPD, 6)):
+    taken = held_out()
+    task.write_prompts_jsonl(root / "test.jsonl", taken[:N_TEST])
+    task.write_prompts_jsonl(root / "validation.jsonl", taken[N_TEST:])
+    for name, n, seed in (("sft-prompts", N_SFT, 5), ("prompts", methods.N_OPD, 6)):
         problems = task.problems(n, seed=seed, exclude=taken)
         task.write_prompts_jsonl(root / f"{name}.jsonl", problems)
         taken += problems
@@ -135,16 +139,18 @@ def say(text: str, started: float) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Directory to fill; emptied first."
-)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to fill.")
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each.")
 def main(out: Path, workers: int) -> None:
     """Train the models, build the caches, compare the methods."""
     quiet_libraries()
     started = time.perf_counter()
+    marker = out / ".opd-demo"
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise click.UsageError(f"{out} is not empty and not from an earlier demo; choose another directory")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    marker.touch()
     write_prompts(out)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet_libraries) as pool:
@@ -159,7 +165,7 @@ def main(out: Path, workers: int) -> None:
         caches = {seed: pool.submit(build_cache, out, seed) for seed in SEEDS}
         start = pool.submit(methods.evaluate_student, out)
         cache_seconds = {seed: future.result() for seed, future in caches.items()}
-        say(f"{len(SEEDS)} x {N_OPD:,} rollouts sampled and scored by both teachers", started)
+        say(f"{len(SEEDS)} x {methods.N_OPD:,} rollouts sampled and scored by both teachers", started)
         show(["inspect", str(out / "cache-teacher-0")])
         show(["verify", str(out / "cache-teacher-0")])
         show_refusal(out)
@@ -184,12 +190,11 @@ def main(out: Path, workers: int) -> None:
 
 def show_refusal(out: Path) -> None:
     """What the trainer says to a cache of the wrong teacher."""
-    uri = out / "cache-other-teacher-0"
-    click.echo(f"\n$ opd train {uri} --student {out / 'student'} ...")
+    cache, student = str(out / "cache-other-teacher-0"), str(out / "student")
     try:
-        check_cache(opd_store.open(uri).meta, models.load(out / "student"))
-    except MismatchError as error:
-        click.echo(f"opd: {error}\n")
+        show(["train", cache, "--student", student, "--out", str(out / "refused"), "--steps", "1"])
+    except SystemExit as refusal:
+        click.echo(f"(exit code {refusal.code})\n")
 
 
 if __name__ == "__main__":

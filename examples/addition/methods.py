@@ -32,10 +32,13 @@ from opd_train import (
 
 STEPS = 150
 BATCH = 128
+N_OPD = STEPS * BATCH // 3
+"""Rollouts in a cache: each is trained on three times."""
 LR = 2e-4
 TOPK = 8
 CURVE_EVERY = 50
-CURVE_PROBLEMS, FINAL_PROBLEMS, KL_PROBLEMS = 400, 2000, 1000
+CURVE_PROBLEMS, FINAL_PROBLEMS, KL_PROBLEMS = 500, 2000, 500
+"""Every point of a curve is on the same first problems; the table's accuracy is on all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +75,9 @@ class Result:
 
     method: str
     seed: int
-    n_correct: int
-    n_problems: int
-    kl: float
+    n_correct: int = 0
+    n_problems: int = 0
+    kl: float = 0.0
     """KL(student || teacher) of whole responses, nats, on samples of the student."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By activity. Offline, sampling and scoring of the cache count in full."""
@@ -96,11 +99,11 @@ def greedy(lm: CausalLM) -> SamplerInfo:
     )
 
 
-def count_correct(lm: CausalLM, prompts: Sequence[Prompt]) -> int:
-    """Greedy answers judged by the final number only."""
+def judge(lm: CausalLM, prompts: Sequence[Prompt]) -> list[bool]:
+    """Which problems are answered right by greedy decoding; only the final number counts."""
     rollouts = sample_rollouts(lm, prompts, greedy(lm), batch_rows=512)
     texts = lm.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
-    return sum(task.answer_of(text) == int(str(r.label)) for r, text in zip(rollouts, texts, strict=True))
+    return [task.answer_of(text) == int(str(r.label)) for r, text in zip(rollouts, texts, strict=True)]
 
 
 def distance(lm: CausalLM, teacher: CausalLM, prompts: Sequence[Prompt]) -> float:
@@ -114,17 +117,28 @@ def distance(lm: CausalLM, teacher: CausalLM, prompts: Sequence[Prompt]) -> floa
 
 def evaluate_student(root: Path) -> Result:
     """The starting point of every method."""
-    _one_thread()
+    torch.set_num_threads(1)
     student, teacher = models.load(root / "student"), models.load(root / "teacher")
-    test = read_prompts(root / "test.jsonl", student)
-    correct = count_correct(student, test[:FINAL_PROBLEMS])
-    kl = distance(student, teacher, test[:KL_PROBLEMS])
-    return Result("SFT student", 0, correct, FINAL_PROBLEMS, kl)
+    result = Result("SFT student", 0)
+    measure(result, 0, 0.0, student, teacher, read_prompts(root / "test.jsonl", student))
+    return result
+
+
+def measure(
+    result: Result, step: int, seconds: float, lm: CausalLM, teacher: CausalLM, test: Sequence[Prompt]
+) -> None:
+    """Add a point to the curve; at the start and the end also the figures of the table."""
+    lm.model.eval()
+    right = judge(lm, test if step in (0, STEPS) else test[:CURVE_PROBLEMS])
+    result.n_correct, result.n_problems = sum(right), len(right)
+    result.kl = distance(lm, teacher, test[:KL_PROBLEMS])
+    accuracy = sum(right[:CURVE_PROBLEMS]) / CURVE_PROBLEMS
+    result.curve.append({"step": step, "seconds": seconds, "accuracy": accuracy, "kl": result.kl})
 
 
 def run_method(root: Path, method: Method, seed: int, cache_seconds: dict[str, float]) -> Result:
     """Train one student by one method and measure it."""
-    _one_thread()
+    torch.set_num_threads(1)
     student, reference = models.load(root / "student"), models.load(root / "teacher")
     test = read_prompts(root / "test.jsonl", student)
     stopwatch = Stopwatch()
@@ -157,32 +171,14 @@ def run_method(root: Path, method: Method, seed: int, cache_seconds: dict[str, f
         source = CacheStream(cache, batch_rollouts=BATCH, seed=seed, ranks=ranks, epochs=None)
         stopwatch.seconds.update(cache_seconds)
 
-    result = Result(method.name, seed, 0, FINAL_PROBLEMS, 0.0)
+    result = Result(method.name, seed)
     result.seconds_before = sum(stopwatch.seconds.values())
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
         result.metrics.append({"step": step, **metrics})
-        if step % CURVE_EVERY == 0 and step < STEPS:
-            measure(step, CURVE_PROBLEMS, CURVE_PROBLEMS)
-
-    def measure(step: int, n_problems: int, n_kl: int) -> None:
-        student.model.eval()
-        result.n_correct = count_correct(student, test[:n_problems])
-        result.kl = distance(student, reference, test[:n_kl])
-        result.curve.append(
-            {
-                "step": step,
-                "seconds": sum(stopwatch.seconds.values()),
-                "accuracy": result.n_correct / n_problems,
-                "kl": result.kl,
-            }
-        )
+        if step % CURVE_EVERY == 0:
+            measure(result, step, sum(stopwatch.seconds.values()), student, reference, test)
 
     Trainer(student, source, config, stopwatch=stopwatch, on_step=on_step).run()
-    measure(STEPS, FINAL_PROBLEMS, KL_PROBLEMS)
     result.seconds = dict(stopwatch.seconds)
     return result
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
-from methods import BATCH, LR, METHODS, STEPS, Result
+from methods import BATCH, CURVE_PROBLEMS, KL_PROBLEMS, LR, METHODS, N_OPD, STEPS, Result
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,22 +60,23 @@ def notes(results: Sequence[Result]) -> list[str]:
     seeds = len({result.seed for result in results})
     return [
         f"Three-digit addition with a scratch pad; {results[0].n_problems:,} held-out problems, greedy.",
-        f"{STEPS} steps of {BATCH} rollouts, AdamW {LR:g}; {seeds} seeds, each its own rollouts, "
-        "order and draws,",
-        "from one pair of teacher and student. Intervals: Student's t over the seeds; Wilson for the "
-        "SFT student.",
-        "KL: student to teacher, nats per response, on samples of the student. Seconds: means, one "
-        "CPU thread;",
-        "offline they include sampling and scoring the whole cache once.",
+        f"{STEPS} steps of {BATCH} rollouts, AdamW {LR:g}. Live, every rollout is fresh; offline, "
+        f"{N_OPD:,} are",
+        "sampled and scored once and used three times. One pair of teacher and student.",
+        f"{seeds} seeds, each with its own rollouts, order and draws. Intervals: Student's t over the "
+        "seeds, which",
+        "leaves out the choice of problems; for the SFT student Wilson's, which is of nothing else.",
+        f"KL: student to teacher, nats per response, on samples for {KL_PROBLEMS} problems. Seconds: "
+        "means, one CPU",
+        "thread each; offline they include sampling and scoring the whole cache, loading and disk.",
     ]
 
 
 def html(results: Sequence[Result], text: str) -> str:
     """One self-contained page: the table, and plots of accuracy, KL, ESS and ratio."""
-    start = results[0]
     plots = [
-        _plot(results, SECONDS, "accuracy", _curve("accuracy", start.n_correct / start.n_problems)),
-        _plot(results, SECONDS, "KL(student || teacher), nats", _curve("kl", start.kl), log=True),
+        _plot(results, SECONDS, "accuracy", _curve("accuracy")),
+        _plot(results, SECONDS, "KL(student || teacher), nats", _curve("kl"), log=True),
         _plot(results, "step", "effective sample size of the ratios", _metric("ess")),
         _plot(results, "step", "mean ratio, student to sampler", _metric("ratio_mean"), log=True),
     ]
@@ -90,8 +91,9 @@ img {{ width: 49%; min-width: 28rem }}
 <h1>Offline distillation from a cache, against a live teacher</h1>
 <pre>{html_escape.escape(text)}</pre>
 {images}
-<p>Each line is one seed. Ratio and effective sample size are of the sampled tokens under the student, against
-the policy that sampled them: live, that is the student itself, so both are 1.</p>
+<p>Each line is one seed; its points are on the same {CURVE_PROBLEMS} problems. Ratio and effective sample size are
+of the sampled tokens under the student, against the policy that sampled them: live, that is the student itself,
+so both are 1.</p>
 </html>
 """
 
@@ -99,12 +101,8 @@ the policy that sampled them: live, that is the student itself, so both are 1.</
 Points = Callable[[Result], tuple[list[float], list[float]]]
 
 
-def _curve(name: str, start: float) -> Points:
-    def points(result: Result) -> tuple[list[float], list[float]]:
-        seconds = [result.seconds_before, *(point["seconds"] for point in result.curve)]
-        return seconds, [start, *(point[name] for point in result.curve)]
-
-    return points
+def _curve(name: str) -> Points:
+    return lambda result: ([p["seconds"] for p in result.curve], [p[name] for p in result.curve])
 
 
 def _metric(name: str) -> Points:
@@ -119,14 +117,11 @@ def _plot(
     for number, method in enumerate(METHODS):
         for result in (result for result in results if result.method == method.name):
             x, y = points(result)
+            if x_label == SECONDS:
+                x, y = [result.seconds_before, *x], [*points(start)[1], *y]
+            style = ("--" if method.live else "-") + ("." if len(x) < 9 else "")
             label = method.name if result.seed == 0 else None
-            style = "--" if method.live else "-"
-            axes.plot(
-                x, y, style, color=f"C{number}", label=label, linewidth=1, marker="." if len(x) < 9 else ""
-            )
-    if y_label in ("accuracy", "KL(student || teacher), nats"):
-        value = start.n_correct / start.n_problems if y_label == "accuracy" else start.kl
-        axes.axhline(value, color="grey", linestyle=":", label="SFT student")
+            axes.plot(x, y, style, color=f"C{number}", label=label, linewidth=1)
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(x_label)

@@ -109,11 +109,6 @@ def answer_of(response_text: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def is_correct(problem: Problem, response_text: str) -> bool:
-    """Whether the final answer is the sum. The scratch pad is not judged."""
-    return answer_of(response_text) == problem.a + problem.b
-
-
 def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Makes the character tokenizer and saves it under `path` in the Hugging Face format.
 

@@ -14,8 +14,8 @@ from train.tiny_models import CONTEXT, VOCAB, loaded, random_rollouts, scored_ca
 
 from opd_store import Rollout, SamplerInfo
 from opd_train import CacheStream, CorrectionConfig, Objective, Prompt, cache_divergence, sample_rollouts
+from opd_train.forward import response_hidden
 from opd_train.objectives import distill_loss, summarise
-from opd_train.trainer import response_hidden
 
 OBJECTIVES = list(Objective)
 

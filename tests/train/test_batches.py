@@ -11,7 +11,7 @@ from train.tiny_models import VOCAB, random_rollouts, scored_cache
 
 from opd_store import InvalidRolloutError, Rollout
 from opd_train import collate
-from opd_train.trainer import response_hidden
+from opd_train.forward import response_hidden
 
 
 @pytest.fixture(scope="module")

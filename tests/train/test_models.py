@@ -61,7 +61,7 @@ def test_weights_digest_depends_on_every_tensor_and_neither_on_file_nor_on_dtype
     lm.model.save_pretrained(tmp_path / "split", max_shard_size="5KB")
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
     assert weights_digest(tmp_path / "split") == before
-    with pytest.raises(InvalidArgumentError, match=r"no .*safetensors files"):
+    with pytest.raises(InvalidArgumentError, match="no model.safetensors"):
         weights_digest(tmp_path)
 
 

@@ -11,8 +11,8 @@ from train.tiny_models import VOCAB, loaded, random_rollouts, scored_cache
 
 from opd_store import InvalidArgumentError
 from opd_train import CorrectionConfig, CorrectionKind, Objective, collate, correction_weights
+from opd_train.forward import response_hidden
 from opd_train.objectives import distill_loss, summarise
-from opd_train.trainer import response_hidden
 
 NONE = CorrectionConfig()
 TIS = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=1.5)

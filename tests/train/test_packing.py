@@ -9,10 +9,17 @@ from train.tiny_models import VOCAB
 
 from opd_store.testing import random_rollout
 from opd_train import collate
-from opd_train.trainer import packed_hidden, padded_hidden, response_hidden
+from opd_train.forward import length_groups, packed_hidden, padded_hidden, response_hidden
 
 
-@pytest.mark.parametrize("lengths", [(5,), (1, 7, 3), (2, 2, 2, 9)])
+def test_groups_hold_each_row_once_and_no_row_below_half_of_the_longest():
+    lengths = [7, 100, 3, 55, 49, 4, 100]
+    groups = length_groups(lengths)
+    assert groups == [[1, 3, 6], [4], [0, 5], [2]]
+    assert length_groups([5, 5, 5]) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1, 7, 3), (2, 2, 20, 9, 1)])
 def test_packed_rows_do_not_see_each_other(any_model, lengths):
     rng = np.random.default_rng(0)
     rollouts = [random_rollout(rng, vocab_size=VOCAB, prompt_len=1 + n % 3, response_len=n) for n in lengths]

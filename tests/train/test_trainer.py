@@ -122,8 +122,8 @@ def test_accumulating_four_batches_equals_one_large_batch(cache, models, correct
 
 def test_the_gradient_is_the_mean_over_counted_tokens(cache, models):
     # One step of plain gradient descent in disguise: the norm that is logged is that of the mean loss.
+    from opd_train.forward import response_hidden
     from opd_train.objectives import distill_loss
-    from opd_train.trainer import response_hidden
 
     config = dataclasses.replace(CONFIG, steps=1, accumulate=2, grad_clip=0.0, save_every=0)
     _, metrics = run(cache, models["llama"], config)

@@ -46,6 +46,11 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             _fail(error, 2)
         except OpdError as error:
             _fail(error, 1)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "transformers", "safetensors"):
+                raise
+            message = f"this command needs {error.name}: pip install 'opd-store[hf]'"
+            _fail(InvalidArgumentError(message), 2)
 
     return run
 
@@ -108,7 +113,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(path: str, *, dtype: str, device: str) -> Any:  # noqa: ANN401
+def load_model(path: str, *, dtype: str, device: str, attention: str | None = None) -> Any:  # noqa: ANN401
     """`opd_train.load_causal_lm` with the command line's names for dtype and device."""
     import torch
 
@@ -122,7 +127,7 @@ def load_model(path: str, *, dtype: str, device: str) -> Any:  # noqa: ANN401
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidArgumentError(f"--device {device!r:.80}: cannot be used: {reason}") from error
-    return load_causal_lm(path, dtype=getattr(torch, dtype), device=device)
+    return load_causal_lm(path, dtype=getattr(torch, dtype), device=device, attention=attention)
 
 
 MODEL_OPTIONS = (

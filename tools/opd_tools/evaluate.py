@@ -24,7 +24,7 @@ def is_match(rule: str, text: str, answer: str) -> bool:
     if rule == "exact":
         return text.strip() == answer.strip()
     if rule == "suffix":
-        return text.rstrip().endswith(answer.strip())
+        return bool(answer.strip()) and text.rstrip().endswith(answer.strip())
     found, wanted = _NUMBER.findall(text), _NUMBER.findall(answer)
     return bool(found and wanted) and _value(found[-1]) == _value(wanted[-1])
 
@@ -52,6 +52,7 @@ def _value(number: str) -> float:
 @click.option(
     "--batch-rows", type=AT_LEAST_1, default=64, show_default=True, help="Prompts sampled together."
 )
+@click.option("--seed", default=1, show_default=True, help="Seed of the samples for the KL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 @model_options
 @command
@@ -64,6 +65,7 @@ def evaluate(
     max_new_tokens: int,
     limit: int | None,
     batch_rows: int,
+    seed: int,
     as_json: bool,
     dtype: str,
     device: str,
@@ -80,19 +82,21 @@ def evaluate(
 
     if prompts is None and cache is None:
         raise InvalidArgumentError("nothing to measure: give --prompts, --cache or both")
+    if teacher is not None and prompts is None:
+        raise InvalidArgumentError("--teacher needs --prompts to sample from")
     lm = load_model(model, dtype=dtype, device=device)
     found: dict[str, Any] = {}
     if prompts is not None:
         problems = read_prompts(prompts, lm, limit=limit)
         unanswered = [problem.sample_id for problem in problems if problem.label is None]
-        if unanswered and teacher is None:
+        if unanswered and (teacher is None or len(unanswered) < len(problems)):
             raise InvalidArgumentError(f"{prompts}: {unanswered[0]!r:.80} has no `answer` to compare with")
 
         def sample(name: str, temperature: float) -> list[Rollout]:
             sampler = SamplerInfo(
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
-                seed=0,
+                seed=seed,
                 stop_token_ids=lm.stop_token_ids,
             )
             with Meter(name, "rollouts") as meter:

@@ -36,8 +36,6 @@ def inspect_cache(uri: str, as_json: bool) -> None:
 
 def describe(cache: Cache) -> dict[str, dict[str, Any]]:
     """Sections of names and values."""
-    from opd_train.identity import teacher_consistency
-
     meta = cache.meta
     positions = cache.n_response_tokens
     per_position = round(cache.n_bytes / positions, 2) if positions else None
@@ -65,7 +63,7 @@ def describe(cache: Cache) -> dict[str, dict[str, Any]]:
         "provenance": {
             "teacher": _model(meta.teacher),
             "SFT teacher": _model(meta.sft_teacher),
-            "teacher consistency": teacher_consistency(meta),
+            "teacher consistency": opd_store.teacher_consistency(meta),
             "behaviour policy": _model(meta.behaviour),
             "reference policy": _model(meta.reference),
             "sampler": "unknown" if sampler is None else _sampler(sampler),

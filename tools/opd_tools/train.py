@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from opd_store import InvalidArgumentError
+from opd_store import CacheMeta, InvalidArgumentError
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, printable
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ CORRECTIONS = ["none", "token_tis"]
 @click.option("--accumulate", default=1, show_default=True, help="Batches per step, one denominator.")
 @click.option("--ranks", type=AT_LEAST_0, help="Cached ranks to use. Default: all.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle and of live draws.")
-@click.option("--save-every", default=0, show_default=True, help="Steps between checkpoints; 0: at the end.")
+@click.option("--save-every", default=50, show_default=True, help="Steps between checkpoints; 0: at the end.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory.")
 @click.option("--bf16", is_flag=True, help="bfloat16 forward and backward over float32 weights; for GPUs.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--attention", help="transformers' attention, such as flash_attention_2. Default: its choice.")
 @click.option(
     "--allow-mismatch",
     multiple=True,
@@ -91,7 +93,8 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
 
     if live == (cache is not None):
         raise InvalidArgumentError("give either CACHE, or --live with --teacher and --prompts")
-    lm = load_model(student, dtype="float32", device=device)
+    _refuse_options(_OFFLINE_ONLY if live else _LIVE_ONLY, "--live" if live else "a CACHE")
+    lm = load_model(student, dtype="float32", device=device, attention=options["attention"])
     stopwatch = Stopwatch()
     prepare = _live if live else _offline
     source, fields, provenance = prepare(cache, lm, stopwatch, options)
@@ -128,6 +131,17 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
     click.echo(printable(trainer.final_dir, None))
 
 
+_OFFLINE_ONLY = ("ranks",)
+_LIVE_ONLY = ("teacher", "prompts", "max_new_tokens", "topk")
+
+
+def _refuse_options(names: tuple[str, ...], mode: str) -> None:
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise InvalidArgumentError(f"--{name.replace('_', '-')} has no effect with {mode}; leave it out")
+
+
 def progress_line(metrics: dict[str, float]) -> str:
     """The figures worth watching, in one line."""
     names = {"loss": "loss", "forward_kl": "KL", "log_gap": "gap", "ess": "ESS", "ratio_mean": "ratio"}
@@ -158,6 +172,12 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     cache = opd_store.open(uri)
     fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
     allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"])
+    if fields["correction"].needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
+        raise InvalidArgumentError(
+            f"{cache.uri}: correction {fields['correction'].kind.value!r} needs behaviour_logprob, "
+            "which row 0 lacks; "
+            "score again with --reference, or pass --correction none"
+        )
     needs_topk = fields["objective"].needs_topk
     stream = CacheStream(
         cache,
@@ -167,6 +187,8 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
         ranks=options["ranks"] if needs_topk else 0,
         epochs=None,
         device=lm.device,
+        vocab_size=lm.vocab_size,
+        context=lm.context,
     )
     teacher = cache.meta.sft_teacher
     if fields["objective"] is Objective.CROSS_ENTROPY:
@@ -174,19 +196,37 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     provenance = {
         "cache": cache.digest,
         "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
+        "doubts": _report_doubts(cache.meta, lm),
         "sft_teacher": None if teacher is None else teacher.to_json(),
     }
     return stream, fields, provenance
 
 
+def _report_doubts(meta: CacheMeta, lm: CausalLM) -> list[str]:
+    from opd_train import find_doubts
+
+    doubts = find_doubts(meta, lm)
+    for doubt in doubts:
+        click.echo(f"opd: note: {doubt}", err=True)
+    return doubts
+
+
 def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
     from opd_store import SamplerInfo
-    from opd_train import LiveSource, read_prompts
+    from opd_train import LiveSource, check_cache, read_prompts
 
     if not options["teacher"] or not options["prompts"]:
         raise InvalidArgumentError("--live needs --teacher and --prompts")
     teacher = load_model(options["teacher"], dtype="float32", device=str(lm.device))
     fields = _objective(options, topk=min(options["topk"], teacher.vocab_size))
+    described = CacheMeta(
+        vocab_size=teacher.vocab_size,
+        tokenizer_fingerprint=teacher.tokenizer_fingerprint,
+        chat_template_digest=teacher.chat_template_digest,
+        teacher=teacher.info,
+        sft_teacher=lm.sft_teacher,
+    )
+    allowed = check_cache(described, lm, allow=options["allow_mismatch"])
     sampler = SamplerInfo(
         max_new_tokens=options["max_new_tokens"], seed=options["seed"], stop_token_ids=lm.stop_token_ids
     )
@@ -202,6 +242,8 @@ def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str
     )
     provenance = {
         "live_teacher": teacher.info.to_json(),
-        "sft_teacher": lm.provenance.get("sft_teacher"),
+        "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
+        "doubts": _report_doubts(described, lm),
+        "sft_teacher": lm.sft_teacher and lm.sft_teacher.to_json(),
     }
     return source, fields, provenance
