@@ -47,7 +47,7 @@ class Done:
         assert self.status == code, f"exit {self.status}\n{self.out}\n{self.err}"
         assert self.out == ""
         lines = [line for line in self.err.splitlines() if not line.startswith(("sampling:", "scoring:"))]
-        lines = [line for line in lines if not line.startswith(("training:", "verifying:"))]
+        lines = [line for line in lines if not line.startswith(("training:", "verifying:", "opd: note:"))]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("opd: ")
         for part in parts:

@@ -60,7 +60,10 @@ BAD_ROLLOUTS = {
     "empty response": ({"response_ids": []}, ["line 14, field response_ids", "at least one token", "none"]),
     "empty prompt": ({"prompt_ids": []}, ["line 14, field prompt_ids"]),
     "not ids": ({"response_ids": [1, "x"]}, ["line 14, field response_ids", "a list of token ids"]),
-    "wrong length": ({"behaviour_logprob": [-1]}, ["line 14, field behaviour_logprob", "expected 3", "[1]"]),
+    "wrong length": (
+        {"behaviour_logprob": [-1]},
+        ["line 14, field behaviour_logprob", "expected 3", "found 1"],
+    ),
     "outside": (
         {"response_ids": [6, VOCAB, 8]},
         ["'bad', token_ids, position 3", f"id {VOCAB}", "tokenizer"],
@@ -71,13 +74,13 @@ BAD_ROLLOUTS = {
     ),
     "above zero": (
         {"behaviour_logprob": [-1, 0.5, -1]},
-        ["'bad', field behaviour_logprob, position 1", "0.5"],
+        ["line 14, field behaviour_logprob, position 1", "0.5"],
     ),
     "nan": (
         {"behaviour_logprob": [-1, float("nan"), 0]},
-        ["'bad', field behaviour_logprob, position 1", "nan"],
+        ["line 14, field behaviour_logprob, position 1", "nan"],
     ),
-    "reason": ({"finish_reason": "tired"}, ["'bad', field finish_reason", "tired", "stop, length"]),
+    "reason": ({"finish_reason": "tired"}, ["line 14, field finish_reason", "tired", "stop, length"]),
 }
 
 
@@ -90,12 +93,59 @@ def test_bad_rollouts(opd, work, tmp_path, name):
     assert not list((tmp_path / "out").rglob("*.json")) if (tmp_path / "out").exists() else True
 
 
-def test_earlier_commits_stay_when_a_later_rollout_is_bad(opd, work, tmp_path):
-    path = replaced(tmp_path, work, finish_reason="tired")
+@pytest.mark.parametrize("change", [{"finish_reason": "tired"}, {"response_ids": [6, VOCAB, 8]}])
+def test_earlier_commits_stay_when_a_later_rollout_is_bad(opd, work, tmp_path, change):
+    path = replaced(tmp_path, work)
     args = ("score", work / "teacher", path, tmp_path / "out", "--topk", 3, "--commit-every", 5)
-    opd(*args).refused(1, "finish_reason")
-    assert len(opd_store.open(tmp_path / "out")) == 10
+    opd(*args).ok()
+    before = opd_store.open(tmp_path / "out").digest
+    replaced(tmp_path, work, **change)
+    opd(*args).refused(1, "line 14" if "finish_reason" in change else "'bad'")
+    assert opd_store.open(tmp_path / "out").digest == before
     opd("verify", tmp_path / "out").ok()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"loss_mask": ["false", 0, 1]}, ["field loss_mask", "list of bool"]),
+        ({"behaviour_logprob": ["-1", "-1", "-1"]}, ["field behaviour_logprob", "list of float or int"]),
+        ({"behaviour_logpob": [-1, -1, -1]}, ["unknown field 'behaviour_logpob'", "behaviour_logprob"]),
+        ({"id": ["a"]}, ["field id", "text or a number"]),
+        ({"id": "0"}, ["field id", "'0' occurs twice"]),
+    ],
+)
+def test_rollouts_are_not_guessed_at(opd, work, tmp_path, change, parts):
+    path = replaced(tmp_path, work, **change)
+    if change.get("id") == "0":
+        lines = path.read_text().splitlines()
+        lines[1] = json.dumps(json.loads(lines[1]) | {"id": "0"})
+        path.write_text("\n".join(lines) + "\n")
+    opd("score", work / "teacher", path, tmp_path / "out").refused(1, path, "line 14", *parts)
+
+
+def test_options_of_the_other_mode_are_refused(opd, work, cache, tmp_path):
+    args = ("train", "--student", work / "student", "--out", tmp_path / "run", "--steps", 1)
+    opd(*args, cache, "--teacher", work / "teacher").refused(2, "--teacher", "no effect with a CACHE")
+    live = ("--live", "--teacher", work / "teacher", "--prompts", work / "prompts.jsonl")
+    opd(*args, *live, "--ranks", 3).refused(2, "--ranks", "no effect with --live")
+    opd("eval", work / "student", "--cache", cache, "--teacher", work / "teacher").refused(2, "--teacher")
+    opd(*args, *live, "--allow-mismatch", "nonsense").refused(2, "allow_mismatch", "nonsense")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_that_is_not_the_sampler_is_refused(opd, work, tmp_path):
+    opd("rollouts", work / "student", work / "prompts.jsonl", tmp_path / "r", "--max-new-tokens", 3).ok()
+    args = ("score", work / "teacher", tmp_path / "r", tmp_path / "out")
+    opd(*args, "--reference", work / "teacher").refused(1, "reference", "give the behaviour checkpoint")
+    assert not (tmp_path / "out").exists()
+    opd(*args, "--reference", work / "student").ok()
+
+
+def test_fewer_prompts_than_the_rollouts_that_are_there(opd, work, tmp_path):
+    args = ("rollouts", work / "student", work / "prompts.jsonl", tmp_path / "r", "--max-new-tokens", 3)
+    opd(*args).ok()
+    opd(*args, "--limit", 2).refused(1, tmp_path / "r", "choose another path")
 
 
 def test_rollouts_of_another_tokenizer(opd, work, tmp_path):
@@ -311,7 +361,7 @@ def test_a_cache_without_what_the_objective_needs(opd, work, tmp_path):
         "--steps",
         1,
     )
-    opd(*args).refused(2, "needs behaviour_logprob", "'none'")
+    opd(*args).refused(2, "needs behaviour_logprob", "--correction none")
     opd(*args, "--objective", "forward_kl").refused(2, "'forward_kl' needs top-k", "--topk")
     opd(*args, "--objective", "lightning").ok()
     opd("eval", work / "student", "--cache", tmp_path / "cache").refused(2, "top-k")

@@ -160,10 +160,10 @@ def test_a_full_disk_while_training(train, tmp_path, what):
     (checkpoint,) = out.glob("step-*")
     before = snapshot(checkpoint)
     sizes = {name: len(data) for name, data in before.items()}
-    assert sizes["optimizer.safetensors"] > sizes["model.safetensors"] > 10_000
+    assert sizes["optimizer.safetensors"] > sizes["student.safetensors"] > 10_000
     limit = {
         "optimizer": sizes["optimizer.safetensors"] - 1,
-        "model": sizes["model.safetensors"] - 1,
+        "model": sizes["student.safetensors"] - 1,
         "metrics": (out / "metrics.jsonl").stat().st_size + 1,
     }[what]
     train.run(out, file_bytes=limit).refused(1, out, "cannot write", "Earlier checkpoints are intact")

@@ -86,7 +86,7 @@ def append(path, row):
 def test_hostile_ids_in_rollouts_and_prompts(opd, work, tmp_path):
     lm = loaded(work / "teacher")
     path = rollouts_jsonl(tmp_path / "r.jsonl", lm, [])
-    row = {"id": HOSTILE + LONG, "prompt_ids": [4], "response_ids": [5], "behaviour_logprob": [2.0]}
+    row = {"id": HOSTILE + LONG, "prompt_ids": [4], "response_ids": [lm.vocab_size]}
     append(path, row)
     line = opd("score", work / "teacher", path, tmp_path / "out").refused(1, "evil")
     safe(line)
@@ -112,7 +112,7 @@ def test_a_hostile_model_directory(opd, work, tmp_path):
     shown = opd("inspect", tmp_path / "cache").ok().out
     safe(shown)
     (path / "config.json").write_text('{"model_type": "' + "\\u001b[31m" + '"}')
-    line = opd("eval", path, "--cache", tmp_path / "cache").refused(2)
+    line = opd("eval", path, "--cache", tmp_path / "cache").refused(1)
     safe(line)
 
 

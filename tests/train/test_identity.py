@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 from train.tiny_models import loaded, meta_of, model_info
 
-from opd_store import InvalidArgumentError, MismatchError, ModelInfo
+from opd_store import FormatError, InvalidArgumentError, MismatchError, ModelInfo
 from opd_train import (
     CorrectionConfig,
     CorrectionKind,
     Objective,
     check_cache,
+    find_doubts,
     resolve_objective,
     teacher_consistency,
 )
@@ -128,3 +129,31 @@ def test_default_objectives():
         assert resolve_objective(objective, None, topk=1) == (objective, none)
         with pytest.raises(InvalidArgumentError, match=f"'{objective.value}' needs top-k"):
             resolve_objective(objective, None, topk=0)
+
+
+def test_what_the_student_says_of_its_sft_teacher_counts_too(student):
+    meta = dataclasses.replace(meta_of(student), teacher=model_info("big", "1"), sft_teacher=None)
+    said = dataclasses.replace(student, provenance={"sft_teacher": model_info("small", "2").to_json()})
+    with pytest.raises(MismatchError, match=r"teacher_consistency.*small") as caught:
+        check_cache(meta, said)
+    assert caught.value.field == "teacher_consistency"
+    same = dataclasses.replace(student, provenance={"sft_teacher": model_info("again", "1").to_json()})
+    assert check_cache(meta, same) == []
+    assert find_doubts(meta, same) == []
+
+
+def test_what_cannot_be_ruled_out_is_said(student):
+    known = {"teacher": model_info("big", "1"), "sft_teacher": model_info("big", "1")}
+    meta = dataclasses.replace(meta_of(student), **known)
+    assert find_doubts(meta, student) == []
+    (doubt,) = find_doubts(dataclasses.replace(meta, sft_teacher=None), student)
+    assert "fine-tuned" in doubt
+    (doubt,) = find_doubts(dataclasses.replace(meta, behaviour=model_info("someone", "3")), student)
+    assert "not sampled from this student" in doubt
+    assert find_doubts(dataclasses.replace(meta, behaviour=student.info), student) == []
+
+
+def test_a_broken_description_of_the_student_is_refused(student):
+    broken = dataclasses.replace(student, provenance={"sft_teacher": {"nam": "x"}})
+    with pytest.raises(FormatError, match=r"opd\.json: sft_teacher.*'nam'"):
+        check_cache(meta_of(student), broken)

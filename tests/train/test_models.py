@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from train.tiny_models import VOCAB, loaded, save_tiny, tiny_tokenizer
 
-from opd_store import InvalidArgumentError
+from opd_store import FormatError, InvalidArgumentError
 from opd_train import load_causal_lm, weights_digest
 
 
@@ -61,7 +62,7 @@ def test_weights_digest_depends_on_every_tensor_and_neither_on_file_nor_on_dtype
     lm.model.save_pretrained(tmp_path / "split", max_shard_size="5KB")
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
     assert weights_digest(tmp_path / "split") == before
-    with pytest.raises(InvalidArgumentError, match="no model.safetensors"):
+    with pytest.raises(InvalidArgumentError, match=r"no model\.safetensors"):
         weights_digest(tmp_path)
 
 
@@ -105,7 +106,7 @@ def test_a_damaged_model_directory_is_refused_with_its_path(models, tmp_path, da
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     else:
         (path / "opd.json").write_text("[1]")
-    with pytest.raises(InvalidArgumentError, match=str(path)):
+    with pytest.raises(FormatError, match=str(path)):
         load_causal_lm(path)
 
 
@@ -115,7 +116,7 @@ def test_a_missing_tensor_is_refused(tmp_path):
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InvalidArgumentError, match="down_proj"):
+    with pytest.raises(FormatError, match="down_proj"):
         load_causal_lm(path)
 
 
@@ -132,13 +133,30 @@ def test_an_architecture_whose_head_is_not_apart_is_refused(models, tmp_path, mo
         load_causal_lm(models["llama"])
 
 
-def test_code_in_a_model_directory_does_not_run(tmp_path):
+def test_code_in_a_model_directory_does_not_run(tmp_path, monkeypatch):
     path = save_tiny(tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (path / "config.json").write_text(json.dumps(config))
     witness = tmp_path / "witness"
     (path / "evil.py").write_text(f"open({str(witness)!r}, 'w')\n")
-    with pytest.raises(InvalidArgumentError, match=str(path)):
+    # Asked whether to run it, a person in a hurry would say yes.
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(FormatError, match=str(path)):
+        load_causal_lm(path)
+    assert not witness.exists()
+
+
+def test_pickled_weights_are_not_opened(tmp_path):
+    path = save_tiny(tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    witness = tmp_path / "witness"
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(witness), "w")
+
+    torch.save({"model.norm.weight": Evil()}, path / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="pickled weights"):
         load_causal_lm(path)
     assert not witness.exists()

@@ -124,11 +124,11 @@ GOOD = {"prompt_ids": [4, 5], "response_ids": [6, 7, 8]}
         ({"response_ids": []}, "field response_ids: expected at least one token, found none"),
         ({"prompt_ids": []}, "field prompt_ids: expected at least one token, found none"),
         ({"response_ids": None}, "field response_ids: expected a list of token ids, found None"),
-        ({"behaviour_logprob": [-1.0]}, r"field behaviour_logprob: expected 3 values, found shape \[1\]"),
-        ({"reference_logprob": -1.0}, r"field reference_logprob: expected 3 values, found shape \[\]"),
-        ({"behaviour_logprob": [-1.0, [2], 3]}, "field behaviour_logprob: expected a list of numbers"),
-        ({"behaviour_logprob": ["x", "y", "z"]}, "field behaviour_logprob: expected a list of numbers"),
-        ({"loss_mask": [True, False]}, r"field loss_mask: expected 3 values, found shape \[2\]"),
+        ({"behaviour_logprob": [-1.0]}, "field behaviour_logprob: expected 3 values, found 1"),
+        ({"reference_logprob": -1.0}, "field reference_logprob: expected a list of float or int, found -1.0"),
+        ({"behaviour_logprob": [-1.0, [2], 3]}, "field behaviour_logprob: expected a list of float or int"),
+        ({"behaviour_logprob": ["x", "y", "z"]}, "field behaviour_logprob: expected a list of float or int"),
+        ({"loss_mask": [True, False]}, "field loss_mask: expected 3 values, found 2"),
     ],
 )
 def test_a_bad_rollout_is_named(lm, tmp_path, change, problem):

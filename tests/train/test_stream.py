@@ -11,7 +11,7 @@ import torch
 from train.tiny_models import random_rollouts, scored_cache
 
 import opd_store
-from opd_store import InvalidArgumentError, MismatchError
+from opd_store import InvalidArgumentError, InvalidRolloutError, MismatchError
 from opd_train import CacheStream
 from opd_train.stream import epoch_order
 
@@ -225,3 +225,16 @@ def test_more_ranks_than_stored(cache):
 def test_an_empty_cache(tmp_path, teacher):
     with pytest.raises(InvalidArgumentError, match="0 rollouts"):
         stream(scored_cache(tmp_path / "empty", teacher, []))
+
+
+def test_a_rollout_longer_than_the_context_of_the_student_is_named(cache):
+    longest = max(len(rollout.token_ids) for rollout in cache)
+    assert len(list(stream(cache, context=longest))) > 0
+    with pytest.raises(InvalidRolloutError, match=f"row [0-9]+ has {longest} tokens.*{longest - 1}"):
+        list(stream(cache, batch_tokens=1000, context=longest - 1))
+
+
+def test_an_id_beyond_a_smaller_student_is_refused_before_it_reaches_a_device(cache):
+    highest = max(int(rollout.token_ids.max()) for rollout in cache)
+    with pytest.raises(InvalidRolloutError, match=f"outside the vocabulary of {highest}"):
+        list(stream(cache, vocab_size=highest))

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.tiny_models import EOS, loaded, random_rollouts, save_tiny, scored_cache
+from train.tiny_models import ARCHITECTURES, EOS, loaded, random_rollouts, save_tiny, scored_cache
 
 import opd_store
 from opd_store import IntegrityError, InvalidArgumentError, MismatchError, OpdError, SamplerInfo, StorageError
@@ -277,12 +277,58 @@ def test_the_checkpoint_of_another_student_or_cache_is_refused(cache, models, cu
         run(cache, models["llama"], out=cut)
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_resumes_exactly(cache, models, tmp_path, kind):
+    config = dataclasses.replace(CONFIG, steps=4, save_every=2)
+    expected, _ = run(cache, models[kind], config)
+    with pytest.raises(Stop):
+        run(cache, models[kind], config, out=tmp_path / "out", stop=3)
+    found, _ = run(cache, models[kind], config, out=tmp_path / "out")
+    assert_equal(found, expected)
+
+
+def test_a_finished_run_gives_the_trained_student_and_not_the_one_it_started_from(
+    cache, models, uninterrupted
+):
+    out, trained = uninterrupted[0], uninterrupted[1]
+    again, metrics = run(cache, models["llama"], out=out)
+    assert metrics == {}
+    assert_equal(again, trained)
+
+
+def test_how_often_a_run_is_saved_may_change(cache, models, cut, tmp_path, uninterrupted):
+    shutil.copytree(cut, tmp_path / "out")
+    config = dataclasses.replace(CONFIG, save_every=0)
+    resumed, _ = run(cache, models["llama"], config, out=tmp_path / "out")
+    assert_equal(resumed, uninterrupted[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": float("inf")},
+        {"grad_clip": float("inf")},
+        {"lr": float("nan")},
+        {"final_lr_share": float("nan")},
+        {"final_lr_share": 1.5},
+        {"betas": (0.9, 2.0)},
+        {"head_chunk": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_are_no_numbers_are_refused_before_the_first_step(change):
+    with pytest.raises(InvalidArgumentError, match=next(iter(change))):
+        dataclasses.replace(CONFIG, **change)
+    with pytest.raises(InvalidArgumentError, match="cap"):
+        CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=float("inf"))
+
+
 def test_a_final_model_of_another_run_is_refused(cache, models, uninterrupted):
     with pytest.raises(MismatchError, match=r"config\.lr"):
         run(cache, models["llama"], dataclasses.replace(CONFIG, lr=1.0), uninterrupted[0])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "trainer.json"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "other"])
 def test_a_damaged_checkpoint_is_refused(cache, models, cut, tmp_path, name, damage):
     out = tmp_path / "out"
@@ -400,7 +446,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(cache, models, tmp_path, monke
 
     def full(tensors, path, *args, **kwargs):
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == 5:  # a checkpoint has three such files
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, *args, **kwargs)
 
@@ -423,9 +469,9 @@ def test_a_full_disk_as_tokenizers_reports_it(cache, models, tmp_path, monkeypat
         raise Exception("No space left on device (os error 28)")  # noqa: TRY002
 
     monkeypatch.setattr(made.student.tokenizer, "save_pretrained", full)
-    with pytest.raises(StorageError, match=r"step-00000002: cannot write: No space left"):
+    with pytest.raises(StorageError, match=r"final: cannot write: No space left"):
         made.run()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl", "step-00000008"}
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(cache, models, tmp_path):
