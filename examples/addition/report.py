@@ -91,9 +91,9 @@ img {{ width: 49%; min-width: 28rem }}
 <h1>Offline distillation from a cache, against a live teacher</h1>
 <pre>{html_escape.escape(text)}</pre>
 {images}
-<p>Each line is one seed; its points are on the same {CURVE_PROBLEMS} problems. Ratio and effective sample size
-are of the sampled tokens under the student, against the policy that drew them: live, that is the student itself,
-so both are 1.</p>
+<p>Each line is one seed; its points are on the same {CURVE_PROBLEMS} problems. Ratio and effective
+sample size are of the sampled tokens under the student, against the policy that drew them: live, that
+is the student itself, so both are 1.</p>
 </html>
 """
 
