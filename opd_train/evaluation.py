@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd_store import Cache, InvalidArgumentError, MismatchError, Rollout
+from opd_store import Cache, InvalidArgumentError, InvalidRolloutError, MismatchError, Rollout
 from opd_train.batches import collate
 from opd_train.forward import response_hidden
 from opd_train.head import topk_logprobs
@@ -70,6 +70,12 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
         )
     values: dict[str, list[float]] = {"forward_kl": [], "reverse_kl": []}
     lengths = [len(rollout.token_ids) for rollout in cache.scan(ranks=0, columns=())]
+    if max(lengths) > student.context:
+        raise InvalidRolloutError(
+            f"{cache.uri}: row {lengths.index(max(lengths))} has {max(lengths)} tokens, but the context of "
+            f"{student.path} is {student.context}",
+            field="token_ids",
+        )
     for rows in plan_batches(lengths, batch_tokens):
         batch = collate([cache[row] for row in rows], vocab_size=cache.meta.vocab_size).to(student.device)
         assert batch.topk_ids is not None
@@ -78,8 +84,9 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
         student_NK = topk_logprobs(response_hidden(student, batch), student.logits, batch.topk_ids)
         for name, function in (("forward_kl", topk_forward_kl), ("reverse_kl", topk_reverse_kl)):
             per_token = function(student_NK, batch.topk_logprob, batch.log_tail)
-            pieces = per_token.split(batch.cu_responses.diff().tolist())
-            values[name] += [piece.mean().item() for piece in pieces]
+            lengths_R = batch.cu_responses.diff().tolist()
+            pieces = zip(per_token.split(lengths_R), batch.loss_mask.split(lengths_R), strict=True)
+            values[name] += [piece[mask].mean().item() for piece, mask in pieces if mask.any()]
     return {name: mean_estimate(found) for name, found in values.items()}
 
 

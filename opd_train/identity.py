@@ -31,8 +31,12 @@ class Mismatch:
     remedy: str
 
 
-def find_mismatches(meta: CacheMeta, student: CausalLM) -> list[Mismatch]:
-    """Every field of FIELDS on which they disagree. What the cache does not know is not a disagreement."""
+def find_mismatches(meta: CacheMeta, student: CausalLM, *, teacher_used: bool = True) -> list[Mismatch]:
+    """Every field of FIELDS on which they disagree. What the cache does not know is not a disagreement.
+
+    Args:
+        teacher_used: whether the objective reads the teacher's log-probs at all.
+    """
     found = []
     if meta.tokenizer_fingerprint != student.tokenizer_fingerprint:
         remedy = "use a student with the teacher's tokenizer"
@@ -45,6 +49,8 @@ def find_mismatches(meta: CacheMeta, student: CausalLM) -> list[Mismatch]:
     if None not in templates and templates[0] != templates[1]:
         remedy = "give the student the chat template that the rollouts were made with"
         found.append(Mismatch("chat_template_digest", str(templates[0]), str(templates[1]), remedy))
+    if not teacher_used:
+        return found
     temperature = meta.teacher.logprob_temperature if meta.teacher is not None else None
     if temperature not in (None, 1.0):
         remedy = "score the rollouts again at temperature 1"
@@ -75,11 +81,14 @@ def find_doubts(meta: CacheMeta, student: CausalLM) -> list[str]:
     return doubts
 
 
-def check_cache(meta: CacheMeta, student: CausalLM, *, allow: Collection[str] = ()) -> list[Mismatch]:
+def check_cache(
+    meta: CacheMeta, student: CausalLM, *, allow: Collection[str] = (), teacher_used: bool = True
+) -> list[Mismatch]:
     """Refuse a cache that does not belong to the student.
 
     Args:
         allow: fields to ignore, out of FIELDS.
+        teacher_used: as for `find_mismatches`.
 
     Returns:
         The mismatches that were allowed; they belong into the checkpoint.
@@ -91,7 +100,7 @@ def check_cache(meta: CacheMeta, student: CausalLM, *, allow: Collection[str] = 
     unknown = sorted(set(allow) - set(FIELDS))
     if unknown:
         raise InvalidArgumentError(f"allow_mismatch: {unknown[0]!r:.100} is not one of {', '.join(FIELDS)}")
-    mismatches = find_mismatches(meta, student)
+    mismatches = find_mismatches(meta, student, teacher_used=teacher_used)
     for mismatch in mismatches:
         if mismatch.field not in allow:
             raise MismatchError(

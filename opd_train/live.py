@@ -17,6 +17,9 @@ from opd_train.sampling import Prompt, sample_rollouts
 from opd_train.scoring import score_rollouts, with_teacher
 from opd_train.trainer import Stopwatch
 
+_SHUFFLES = 1 << 63
+"""Random streams from here on shuffle prompts; those below draw tokens."""
+
 
 class LiveSource:
     """Batches of rollouts the student samples now, scored by a teacher in memory."""
@@ -67,7 +70,9 @@ class LiveSource:
         for number in range(self._drawn, self._drawn + self._batch_rollouts):
             epoch, place = divmod(number, n_prompts)
             if place == 0 or not chosen:
-                order = np.random.Generator(np.random.Philox(key=[seed or 0, epoch])).permutation(n_prompts)
+                order = np.random.Generator(np.random.Philox(key=[seed or 0, _SHUFFLES + epoch])).permutation(
+                    n_prompts
+                )
             chosen.append(self._prompts[int(order[place])])
         self._student.model.eval()
         with self._stopwatch.measure("sampling"):

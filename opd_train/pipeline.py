@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 import opd_store
 from opd_store import (
+    Cache,
     CacheExistsError,
     CacheMeta,
     InvalidArgumentError,
@@ -101,34 +102,34 @@ def roll_out(
         )
 
     with _open_writer(uri, meta, topk=0) as writer:
-        done = writer.base
+        first = _check_prefix(writer.base, draws)
+        starts = range(first, len(draws), commit_rollouts)
+        return _commit_chunks(writer, starts, len(draws), commit_rollouts, sample)
 
-        def is_done(start: int, end: int) -> bool:
-            if done is None:
-                return False
-            if len(done) > len(draws):
-                raise MismatchError(
-                    f"{uri}: holds {len(done)} rollouts, this run samples {len(draws)}; choose another path",
-                    field="prompts",
-                    expected=str(len(draws)),
-                    found=str(len(done)),
-                )
-            if end > len(done):
-                return False
-            for draw, rollout in zip(draws[start:end], map(done.__getitem__, range(start, end)), strict=True):
-                prompt = rollout.token_ids[: rollout.prompt_len]
-                if draw.sample_id != rollout.sample_id or not np.array_equal(draw.ids, prompt):
-                    raise MismatchError(
-                        f"{uri}: holds rollouts of other prompts, the first at id "
-                        f"{rollout.sample_id!r:.100}, where "
-                        f"this run has {draw.sample_id!r:.100}; choose another path",
-                        field="prompts",
-                        expected=draw.sample_id,
-                        found=str(rollout.sample_id),
-                    )
-            return True
 
-        return _commit_chunks(writer, len(draws), commit_rollouts, is_done, sample)
+def _check_prefix(done: Cache | None, draws: Sequence[Prompt]) -> int:
+    """How many draws a cache holds; raises MismatchError unless they are the first of these."""
+    if done is None:
+        return 0
+    if len(done) > len(draws):
+        raise MismatchError(
+            f"{done.uri}: holds {len(done)} rollouts, this run samples {len(draws)}; choose another path",
+            field="prompts",
+            expected=str(len(draws)),
+            found=str(len(done)),
+        )
+    rollouts = done.scan(ranks=0, columns=("sample_id",))
+    for draw, rollout in zip(draws, rollouts, strict=False):
+        prompt = rollout.token_ids[: rollout.prompt_len]
+        if draw.sample_id != rollout.sample_id or not np.array_equal(draw.ids, prompt):
+            raise MismatchError(
+                f"{done.uri}: holds rollouts of other prompts, the first at id {rollout.sample_id!r:.100}, "
+                f"where this run has {draw.sample_id!r:.100}; choose another path",
+                field="prompts",
+                expected=draw.sample_id,
+                found=str(rollout.sample_id),
+            )
+    return len(done)
 
 
 def score_cache(
@@ -208,11 +209,15 @@ def score_cache(
         )
 
     with _open_writer(uri, meta, topk=topk) as writer:
-
-        def is_done(start: int, end: int) -> bool:
-            return all(rollouts[row] in writer for row in range(start, end))
-
-        return _commit_chunks(writer, len(rollouts), commit_rollouts, is_done, score)
+        missing = [
+            start
+            for start in range(0, len(rollouts), commit_rollouts)
+            if any(
+                rollouts[row] not in writer
+                for row in range(start, min(start + commit_rollouts, len(rollouts)))
+            )
+        ]
+        return _commit_chunks(writer, missing, len(rollouts), commit_rollouts, score)
 
 
 def _with_reference(
@@ -254,15 +259,13 @@ def _open_writer(uri: str | os.PathLike[str], meta: CacheMeta, *, topk: int) -> 
 
 def _commit_chunks(
     writer: Writer,
+    starts: Iterable[int],
     n_rollouts: int,
-    chunk: int,
-    is_done: Callable[[int, int], bool],
+    size: int,
     make: Callable[[int, int], Sequence[Rollout]],
 ) -> Version:
-    for start in range(0, n_rollouts, chunk):
-        end = min(start + chunk, n_rollouts)
-        # A commit is whole, so either all rollouts of a chunk are there or none.
-        if not is_done(start, end):
-            writer.append_batch(make(start, end))
-            writer.commit()
+    """Make and commit the chunks that begin at `starts`, each of `size` rollouts or what is left."""
+    for start in starts:
+        writer.append_batch(make(start, min(start + size, n_rollouts)))
+        writer.commit()
     return writer.commit()

@@ -54,7 +54,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", {**_SIZES, **_BLOCK, **_RANGE, "pad_token_id": 0, "logit_scale": 0.125}),
     "granite": ("GraniteConfig", {**_SIZES, **_BLOCK, **_RANGE, "logits_scaling": 3.0}),
     # Saved under other tensor names than those of its modules.
-    "neox": ("GPTNeoXConfig", {**_SIZES, **_RANGE, "intermediate_size": 32}),
+    "neox": ("GPTNeoXConfig", {**_SIZES, **_BLOCK, **_RANGE}),
     # Its head asks the body for more than hidden states.
     "mixtral": ("MixtralConfig", {**_SIZES, **_BLOCK, **_RANGE, "num_local_experts": 2}),
 }

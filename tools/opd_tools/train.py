@@ -171,7 +171,8 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     assert uri is not None
     cache = opd_store.open(uri)
     fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
-    allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"])
+    teacher_used = fields["objective"] is not Objective.CROSS_ENTROPY
+    allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"], teacher_used=teacher_used)
     if fields["correction"].needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
         raise InvalidArgumentError(
             f"{cache.uri}: correction {fields['correction'].kind.value!r} needs behaviour_logprob, "
@@ -191,7 +192,7 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
         context=lm.context,
     )
     teacher = cache.meta.sft_teacher
-    if fields["objective"] is Objective.CROSS_ENTROPY:
+    if not teacher_used:
         teacher = cache.meta.behaviour
     provenance = {
         "cache": cache.digest,
