@@ -57,7 +57,7 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
 
     Returns:
         "forward_kl" and "reverse_kl" in nats per response token. Intervals are over rollouts, since tokens of
-        one rollout are not independent; each rollout counts by its mean.
+        one rollout are not independent; each rollout counts by the mean over its unmasked tokens.
 
     Raises:
         InvalidArgumentError: the cache has no top-k, or no rollouts.
@@ -87,6 +87,8 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
             lengths_R = batch.cu_responses.diff().tolist()
             pieces = zip(per_token.split(lengths_R), batch.loss_mask.split(lengths_R), strict=True)
             values[name] += [piece[mask].mean().item() for piece, mask in pieces if mask.any()]
+    if not values["forward_kl"]:
+        raise InvalidArgumentError(f"{cache.uri}: every token is masked; there is nothing to measure")
     return {name: mean_estimate(found) for name, found in values.items()}
 
 

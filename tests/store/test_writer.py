@@ -310,4 +310,4 @@ def test_writers_are_freed(tmp_path):
     with opd_store.create(tmp_path / "cache", meta=example_meta(100), topk=3) as writer:
         writer.append_batch(some_rollouts(3))
     del writer
-    assert not [o for o in gc.get_objects() if isinstance(o, opd_store.Writer)]
+    assert not [o for o in gc.get_objects() if type(o) is opd_store.Writer]
