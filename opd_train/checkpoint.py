@@ -18,6 +18,7 @@ from opd_store import IntegrityError, StorageError
 from opd_train.models import PROVENANCE_FILE, CausalLM
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
+_PARTIAL_NAME = re.compile(r"\.(step-\d{8}|final)\.partial")
 STATE_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "student.safetensors"
@@ -70,6 +71,13 @@ def latest_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint below `out`, or None."""
     found = _checkpoints(out)
     return found[-1][1] if found else None
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what a killed run was still writing below `out`."""
+    for path in out.iterdir():
+        if _PARTIAL_NAME.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

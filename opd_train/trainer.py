@@ -21,6 +21,7 @@ from opd_train.checkpoint import (
     latest_checkpoint,
     load_tensors,
     read_state,
+    remove_partial,
     save_checkpoint,
     save_model,
     storage_errors,
@@ -177,6 +178,7 @@ class Trainer:
             # Before the first step, so that an unusable place costs no work.
             with storage_errors(self._out):
                 self._out.mkdir(parents=True, exist_ok=True)
+                remove_partial(self._out)
             if (checkpoint := latest_checkpoint(self._out)) is not None:
                 self._resume(checkpoint)
             self._trim_metrics()

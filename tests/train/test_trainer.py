@@ -352,6 +352,8 @@ def test_half_a_checkpoint_is_none(cache, models, cut, tmp_path, uninterrupted):
     # What a kill leaves while a checkpoint is written, and while an old one is deleted.
     shutil.copytree(out / "step-00000004", out / ".step-00000006.partial")
     (out / ".step-00000006.partial/optimizer.safetensors").write_bytes(b"half")
+    shutil.copytree(out / ".step-00000006.partial", out / ".step-00000005.partial")
+    shutil.copytree(out / ".step-00000006.partial", out / ".final.partial")
     (out / "step-00000002").mkdir()
     assert latest_checkpoint(out) == out / "step-00000004"
     resumed, _ = run(cache, models["llama"], out=out)
