@@ -2,7 +2,15 @@
 
 from opd_store.cache import Cache
 from opd_store.cache import open_cache as open
-from opd_store.columns import CacheSchema
+from opd_store.columns import CacheSchema, Cut
+from opd_store.encodings import (
+    ENCODINGS,
+    FloatStreams,
+    IdTable,
+    LadderStreams,
+    PageStreams,
+    build_id_table,
+)
 from opd_store.errors import (
     CacheExistsError,
     CacheNotFoundError,
@@ -17,6 +25,7 @@ from opd_store.errors import (
     UnsupportedVersionError,
 )
 from opd_store.hashing import rollout_hash, tokenizer_fingerprint
+from opd_store.layout import NO_ID
 from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta, teacher_consistency
 from opd_store.rollout import Rollout
 from opd_store.verify import VerifyReport, verify
@@ -25,19 +34,26 @@ from opd_store.writer import Version, Writer, append, create
 __version__ = "0.1.0"
 
 __all__ = [
+    "ENCODINGS",
+    "NO_ID",
     "Cache",
     "CacheExistsError",
     "CacheMeta",
     "CacheNotFoundError",
     "CacheSchema",
     "CommitConflictError",
+    "Cut",
+    "FloatStreams",
     "FormatError",
+    "IdTable",
     "IntegrityError",
     "InvalidArgumentError",
     "InvalidRolloutError",
+    "LadderStreams",
     "MismatchError",
     "ModelInfo",
     "OpdError",
+    "PageStreams",
     "Rollout",
     "SamplerInfo",
     "StorageError",
@@ -46,6 +62,7 @@ __all__ = [
     "Version",
     "Writer",
     "append",
+    "build_id_table",
     "create",
     "diff_meta",
     "open",

@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.columns import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, CacheSchema, band_column
-from opd_store.encodings import Band, check_page_crc, decode_page, merge_bands
+from opd_store.columns import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, CacheSchema, PackedColumn
+from opd_store.encodings import (
+    Band,
+    IdTable,
+    PageShape,
+    PageStreams,
+    check_page_crc,
+    decode_page,
+    merge_bands,
+    parse_page,
+)
 from opd_store.errors import FormatError
-from opd_store.rollout import Rollout
+from opd_store.rollout import FINISH_REASONS, SUPPORTS, Rollout
+from opd_store.values import Problem, ids_problem, logprobs_problem, support_problem
 
+LOGPROB_LISTS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
 ARRAY_FIELDS = (*TOKEN_LISTS, *RESPONSE_LISTS)
-TOPK_FIELDS = ("topk_ids", "topk_logprob", "log_tail")
+SUPPORT_FIELDS = tuple(name for fields in SUPPORTS.values() for name in fields if name)
 _ALWAYS = {"token_ids", "prompt_len"}
 
 
 class BatchView:
     """Rows of one record batch. R = response tokens of a row, P = positions of a page = R."""
 
-    def __init__(self, batch: pa.RecordBatch, schema: CacheSchema, *, where: str) -> None:
+    def __init__(
+        self,
+        batch: pa.RecordBatch,
+        schema: CacheSchema,
+        *,
+        vocab_size: int,
+        id_table: IdTable | None = None,
+        proven: NDArray[np.uint16] | None = None,
+        where: str,
+    ) -> None:
         """Find the buffers and check that all lengths agree.
 
         Args:
+            id_table: what the ids of packed pages may refer to.
+            proven: [rows] ranks of each row whose values were found possible, so far; further ones are
+                checked when they are read, and noted here. None checks no values.
             where: names file and record batch in errors.
 
         Raises:
-            FormatError: lengths that contradict each other.
+            FormatError: lengths that contradict each other, or native columns with impossible values.
         """
         self._batch, self._schema, self.where = batch, schema, where
+        self._vocab_size, self._id_table, self._proven = vocab_size, id_table, proven
         self.n_rows: int = batch.num_rows
         self.prompt_len = _values(batch.column("prompt_len"), np.uint32)[: self.n_rows].astype(np.int64)
         self._offsets: dict[str, NDArray[np.int32]] = {}
@@ -44,14 +68,37 @@ class BatchView:
             self._items[name] = _values(column.values, kind.to_pandas_dtype())
             if column.null_count:
                 self._missing[name] = ~np.array(column.is_valid().to_pylist(), bool)
-        for start, end in schema.band_ranges():
-            name = band_column(start, end)
-            column = batch.column(name)
-            self._offsets[name] = _offsets(column)
-            self._items[name] = _values(column, np.uint8, buffer=2)
+        for packed in schema.packed_columns():
+            column = batch.column(packed.name)
+            self._offsets[packed.name] = _offsets(column)
+            self._items[packed.name] = _values(column, np.uint8, buffer=2)
         hashes = _values(batch.column("rollout_hash"), np.uint8)
         self.hashes = hashes[: self.n_rows * layout.HASH_BYTES].reshape(self.n_rows, layout.HASH_BYTES)
         self._check_lengths()
+        if proven is not None and not proven.any():
+            self._check_native()
+
+    def _check_native(self) -> None:
+        """Values of all rows at once; what depends on pages is checked row by row when it is read."""
+        problem = ids_problem("token_ids", self._items["token_ids"], self._vocab_size)
+        for name in LOGPROB_LISTS:
+            problem = problem or logprobs_problem(name, self._items[name])
+        if problem is not None:
+            name, expected, found, at = problem
+            row = int(np.searchsorted(self._offsets[name], at, side="right")) - 1
+            self._refuse(row, (name, expected, found, at - int(self._offsets[name][row])))
+        for row, reason in enumerate(self._batch.column("finish_reason").to_pylist()):
+            if reason not in FINISH_REASONS:
+                self._refuse(row, ("finish_reason", f"one of {', '.join(FINISH_REASONS)}", repr(reason), -1))
+
+    def _refuse(self, row: int, problem: Problem) -> NoReturn:
+        name, expected, found, at = problem
+        place = f", position {at}" if at >= 0 else ""
+        raise FormatError(
+            f"{self.where}, row {row}{place}, column {name}: expected {expected}, found {found!s:.200}",
+            row=row,
+            column=name,
+        )
 
     def _check_lengths(self) -> None:
         response_len = np.diff(self._offsets["token_ids"]) - self.prompt_len
@@ -84,29 +131,77 @@ class BatchView:
         return self._items[name][offsets[row] : offsets[row + 1]]
 
     def topk(self, row: int, ranks: int | None = None) -> Band:
-        """The first `ranks` ranks of one row (None: all). One band is a view, several are copied."""
+        """The first `ranks` ranks of one row (None: all). One band is a view, several are copied.
+
+        Raises:
+            FormatError: a page that breaks the specification, or values that are not possible.
+        """
         wanted = self._schema.topk if ranks is None else ranks
-        positions = self.response_len(row)
-        pages = [
-            decode_page(
-                self._page(start, end, row),
-                rank_start=start,
-                rank_end=end,
-                n_positions=positions,
-                where=f"{self.where}, row {row}, column {band_column(start, end)}",
+        bands = [self._decoded(column, row) for column in self._schema.topk_columns(wanted)]
+        return self._proved("topk", merge_bands(bands, wanted), row, wanted)
+
+    def support(self, kind: str, row: int) -> Band:
+        """The ids of one row that were "chosen" or "sampled". Errors as for `topk`."""
+        (column,) = self._schema.support_columns(kind)
+        return self._proved(kind, self._decoded(column, row), row, self._schema.topk)
+
+    def page_streams(self, row: int, ranks: int | None = None) -> list[PageStreams]:
+        """Like `topk`, but for somebody else to put together; values are proven first."""
+        wanted = self._schema.topk if ranks is None else ranks
+        if self._proven is not None and self._proven[row] < wanted:
+            self.topk(row, wanted)
+        return [
+            parse_page(
+                self._page(column.name, row),
+                self._shape(column, row),
+                encoding=self._schema.encoding,
+                id_table=self._id_table,
+                where=f"{self.where}, row {row}, column {column.name}",
             )
-            for start, end in self._schema.band_ranges(wanted)
+            for column in self._schema.topk_columns(wanted)
         ]
-        return merge_bands(pages, wanted)
+
+    def _shape(self, column: PackedColumn, row: int) -> PageShape:
+        return PageShape(column.kind, column.rank_start, column.rank_end, self.response_len(row))
+
+    def _decoded(self, column: PackedColumn, row: int) -> Band:
+        return decode_page(
+            self._page(column.name, row),
+            self._shape(column, row),
+            encoding=self._schema.encoding,
+            id_table=self._id_table,
+            where=f"{self.where}, row {row}, column {column.name}",
+        )
+
+    def _proved(self, kind: str, band: Band, row: int, ranks: int) -> Band:
+        """The band, after its first read has shown that its values are possible."""
+        if self._proven is None or (kind == "topk" and self._proven[row] >= ranks):
+            return band
+        problem = support_problem(
+            kind,
+            band.ids,
+            band.logprob,
+            band.log_tail,
+            draws=band.draws,
+            vocab_size=self._vocab_size,
+            ragged=kind != "topk" or self._schema.cut is not None,
+            tolerance=self._schema.tolerance,
+        )
+        if problem is not None:
+            self._refuse(row, problem)
+        if kind == "topk":
+            self._proven[row] = ranks
+        return band
 
     def check_pages(self, row: int) -> None:
         """Compare every page of a row with its own checksum. Raises IntegrityError."""
-        for start, end in self._schema.band_ranges():
-            where = f"{self.where}, row {row}, column {band_column(start, end)}"
-            check_page_crc(self._page(start, end, row), self.hashes[row].tobytes(), where=where)
+        table_digest = None if self._id_table is None else self._id_table.digest
+        for column in self._schema.packed_columns():
+            where = f"{self.where}, row {row}, column {column.name}"
+            page = self._page(column.name, row)
+            check_page_crc(page, self.hashes[row].tobytes(), table_digest, where=where)
 
-    def _page(self, start: int, end: int, row: int) -> NDArray[np.uint8]:
-        name = band_column(start, end)
+    def _page(self, name: str, row: int) -> NDArray[np.uint8]:
         offsets = self._offsets[name]
         return self._items[name][offsets[row] : offsets[row + 1]]
 
@@ -126,9 +221,13 @@ class BatchView:
                 fields[name] = self.list_row(name, row)
         if fields.get("loss_mask") is not None:
             fields["loss_mask"] = fields["loss_mask"].view(np.bool_)
-        if self._schema.topk and (wanted is None or not wanted.isdisjoint(TOPK_FIELDS)) and ranks != 0:
-            band = self.topk(row, ranks)
-            fields |= {"topk_ids": band.ids, "topk_logprob": band.logprob, "log_tail": band.log_tail}
+        for kind, names in SUPPORTS.items():
+            unwanted = wanted is not None and wanted.isdisjoint(names)
+            if unwanted or not getattr(self._schema, kind) or (kind == "topk" and ranks == 0):
+                continue
+            band = self.topk(row, ranks) if kind == "topk" else self.support(kind, row)
+            parts = (band.ids, band.logprob, band.log_tail, band.draws)
+            fields |= {name: part for name, part in zip(names, parts, strict=True) if name}
         for name in SCALARS:
             if name not in ("rollout_hash", "prompt_len") and (wanted is None or name in wanted):
                 fields[name] = self._batch.column(name)[row].as_py()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.batch import ARRAY_FIELDS, TOPK_FIELDS, BatchView
+from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView
 from opd_store.columns import SCALARS, CacheSchema, arrow_schema
-from opd_store.errors import CacheNotFoundError, IntegrityError, InvalidArgumentError
+from opd_store.encodings import IdTable, PageStreams
+from opd_store.errors import CacheNotFoundError, FormatError, IntegrityError, InvalidArgumentError
 from opd_store.index import FileRef, RolloutTable, SegmentRef, decode_shard_table
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
@@ -25,18 +29,23 @@ _OPEN_BATCHES = 256
 """Record batches kept parsed. Each costs a few kilobytes; their data stays in the page cache."""
 
 
-def open_cache(uri: str | os.PathLike[str]) -> Cache:
+def open_cache(uri: str | os.PathLike[str], *, check_values: bool = True) -> Cache:
     """Open the newest version of a cache, or the one pinned by `path@sha256:...`. Exported as
     `opd_store.open`.
 
-    Reads the manifest and the shard tables; shards are mapped and checked when first used.
+    Reads the manifest, the shard tables and the id table; shards are mapped and checked when first used.
+
+    Args:
+        check_values: prove at the first read of each row that its values are possible: ids inside the
+            vocabulary and distinct, log-probs finite, at most 0 and in order, probabilities of at most 1.
+            Checksums are compared in any case.
 
     Raises:
         CacheNotFoundError: no committed version there, or none with the pinned digest.
         FormatError, IntegrityError, UnsupportedVersionError: the manifest or a shard table is at fault.
     """
     storage, pin = resolve(uri)
-    return Cache(storage, *load_manifest(storage, pin))
+    return Cache(storage, *load_manifest(storage, pin), check_values=check_values)
 
 
 def load_manifest(storage: LocalStorage, pin: str | None = None) -> tuple[Manifest, str]:
@@ -70,8 +79,10 @@ class Cache(Sequence[Rollout]):
     inherited by forked processes; pickling it passes its address, pinned to this version.
     """
 
-    def __init__(self, storage: LocalStorage, manifest: Manifest, digest: str) -> None:
-        self._storage, self._manifest = storage, manifest
+    def __init__(
+        self, storage: LocalStorage, manifest: Manifest, digest: str, *, check_values: bool = True
+    ) -> None:
+        self._storage, self._manifest, self._check_values = storage, manifest, check_values
         self.digest = digest
         """`sha256:...` of the manifest: the identity of this version."""
         self._arrow = arrow_schema(manifest.schema)
@@ -93,9 +104,13 @@ class Cache(Sequence[Rollout]):
         self._readers: dict[int, ShardReader] = {}
         self._batches: OrderedDict[int, BatchView] = OrderedDict()
         self._tables: dict[int, RolloutTable] = {}
+        self._proven: dict[int, NDArray[np.uint16]] = {}
+        self.id_table = self._load_id_table()
+        """What the ids of packed pages may refer to; None if there is none. Other caches may use it too."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return open_cache, (f"{self.uri}@{self.digest}",)
+        reopen = functools.partial(open_cache, check_values=self._check_values)
+        return reopen, (f"{self.uri}@{self.digest}",)
 
     def __repr__(self) -> str:
         what = f"{len(self)} rollouts, top-{self.topk} {self.encoding}"
@@ -137,6 +152,11 @@ class Cache(Sequence[Rollout]):
         return self.schema.encoding
 
     @property
+    def max_error(self) -> float:
+        """Nats: how far stored log-probs and tails are from those appended, at most; 0 if exact."""
+        return max((segment.max_error for segment in self._manifest.segments), default=0.0)
+
+    @property
     def n_tokens(self) -> int:
         """All tokens, prompts included."""
         return sum(segment.tokens for segment in self._manifest.segments)
@@ -148,9 +168,11 @@ class Cache(Sequence[Rollout]):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all shards and of the index."""
+        """Bytes of all shards, of the index and of the id table."""
         refs = self._manifest.segments
-        return sum(ref.n_bytes + ref.shards.n_bytes + ref.rollouts.n_bytes for ref in refs)
+        table = self._manifest.id_table
+        n_bytes = sum(ref.n_bytes + ref.shards.n_bytes + ref.rollouts.n_bytes for ref in refs)
+        return n_bytes + (table.n_bytes if table is not None else 0)
 
     @property
     def n_shards(self) -> int:
@@ -184,6 +206,21 @@ class Cache(Sequence[Rollout]):
         self._check_selection(ranks, columns)
         batch, row = self._locate(row)
         return batch.rollout(row, ranks=ranks, columns=columns)
+
+    def page_streams(self, row: int, *, ranks: int | None = None) -> list[PageStreams]:
+        """The pages that hold the first `ranks` ranks (None: all) of one rollout, decompressed and proven but
+        not put together, for decoding on another device.
+
+        Raises:
+            IndexError: no such row.
+            InvalidArgumentError: more ranks than stored, or `plain` pages, which have no streams.
+            IntegrityError, FormatError: the shard is damaged, or a value is not possible.
+        """
+        self._check_selection(ranks, None)
+        if self.encoding == "plain":
+            raise InvalidArgumentError(f"{self.uri}: plain pages have no streams")
+        batch, row = self._locate(row)
+        return batch.page_streams(row, ranks)
 
     def scan(self, *, ranks: int | None = None, columns: Collection[str] | None = None) -> Iterator[Rollout]:
         """All rollouts in order. Arguments and errors as for `rollout`."""
@@ -234,7 +271,7 @@ class Cache(Sequence[Rollout]):
         if ranks is not None and not 0 <= ranks <= self.topk:
             raise InvalidArgumentError(f"ranks: expected 0..{self.topk} (the stored top-k), found {ranks}")
         if columns is not None:
-            known = {*SCALARS, *ARRAY_FIELDS, *TOPK_FIELDS, *self.schema.user_columns} - {"rollout_hash"}
+            known = {*SCALARS, *ARRAY_FIELDS, *SUPPORT_FIELDS, *self.schema.user_columns} - {"rollout_hash"}
             unknown = sorted(set(columns) - known)
             if unknown:
                 raise InvalidArgumentError(
@@ -254,7 +291,18 @@ class Cache(Sequence[Rollout]):
         if view is None:
             shard, batch = self._batch_at[number]
             where = f"{self._storage.describe(self._shards[shard].path)}, record batch {batch}"
-            view = BatchView(self.shard_reader(shard).batch(batch), self.schema, where=where)
+            arrow_batch = self.shard_reader(shard).batch(batch)
+            proven = None
+            if self._check_values:
+                proven = self._proven.setdefault(number, np.zeros(arrow_batch.num_rows, np.uint16))
+            view = BatchView(
+                arrow_batch,
+                self.schema,
+                vocab_size=self.meta.vocab_size,
+                id_table=self.id_table,
+                proven=proven,
+                where=where,
+            )
             self._batches[number] = view
             if len(self._batches) > _OPEN_BATCHES:
                 self._batches.popitem(last=False)
@@ -301,6 +349,18 @@ class Cache(Sequence[Rollout]):
         if sums != [segment.n_shards, segment.rows, segment.tokens, segment.response_tokens, segment.n_bytes]:
             raise IntegrityError(f"{where}: its counts {sums} are not those of the manifest")
         return shards
+
+    def _load_id_table(self) -> IdTable | None:
+        ref = self._manifest.id_table
+        if ref is None:
+            return None
+        where = self._storage.describe(ref.path)
+        table = IdTable.from_bytes(np.frombuffer(self._load_index_file(ref), np.uint8), where=where)
+        if table.vocab_size != self.meta.vocab_size:
+            raise FormatError(
+                f"{where}: id table of {table.vocab_size} ids, the vocabulary has {self.meta.vocab_size}"
+            )
+        return table
 
     def _load_index_file(self, ref: FileRef) -> pa.Buffer:
         buffer = self._storage.map(ref.path)

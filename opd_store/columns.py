@@ -1,11 +1,12 @@
 """The Arrow schema of a shard, and rollouts to record batches.
 
 Whatever is small stays native Arrow, so that any Arrow tool reads it; top-k goes into one binary column a
-rank band.
+rank band, other supports into one each.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,16 @@ import numpy as np
 import pyarrow as pa
 
 from opd_store import layout
-from opd_store.encodings import Band, check_encoding, encode_pages
+from opd_store.encodings import (
+    Band,
+    IdTable,
+    Unencodable,
+    check_encoding,
+    encode_pages,
+    value_tolerance,
+)
 from opd_store.errors import FormatError, InvalidArgumentError, InvalidRolloutError, UnsupportedVersionError
-from opd_store.rollout import Rollout, Scalar, is_text
+from opd_store.rollout import SUPPORTS, Rollout, Scalar, SupportSizes, is_text
 
 USER_TYPES: dict[str, pa.DataType] = {
     "bool": pa.bool_(),
@@ -42,6 +50,40 @@ SCALARS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which ranks of the top-k are kept at each position; the rest joins the tail."""
+
+    rule: str
+    """"probability": those of at least `value`. "mass": as few as sum to `value`. "given": whatever was
+    appended. The first rank always stays."""
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        wanted = "none" if self.rule == "given" else "a number in (0, 1)"
+        fits = self.value is None if self.rule == "given" else _is_share(self.value)
+        if self.rule not in ("probability", "mass", "given") or not fits:
+            raise InvalidArgumentError(
+                f"cut: expected the rule probability, mass or given with {wanted} as value, "
+                f"found {self.rule!r:.100} with {self.value!r:.100}"
+            )
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedColumn:
+    """A binary column of pages."""
+
+    name: str
+    kind: int
+    """layout.KIND_TOPK, KIND_CHOSEN or KIND_SAMPLED."""
+    rank_start: int
+    rank_end: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSchema:
     """What every shard of a cache holds; part of the manifest."""
@@ -51,20 +93,49 @@ class CacheSchema:
     bands: tuple[int, ...] = ()
     """Ends of the rank bands, rising, the last one K."""
     encoding: str = "plain"
+    id_table: str = "none"
+    """Whether pages may refer to an id table: "none", "given" by the creator, or "auto", built from the first
+    65,536 positions and used from then on."""
+    cut: Cut | None = None
+    """Which of the K ranks a position keeps; None for all of them."""
+    chosen: int = 0
+    """Most ids a position may have that somebody else chose, such as the student; 0 for none."""
+    sampled: int = 0
+    """Most distinct ids a position may have that were drawn from the teacher; 0 for none."""
+    sampled_temperature: float = 1.0
+    """At which the draws were made; their log-probs are at temperature 1."""
     user_columns: dict[str, str] = field(default_factory=dict)
     """Name of an `x_*` column to its type: bool, int64, float64 or utf8."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.topk <= layout.MAX_TOPK:
-            raise InvalidArgumentError(f"topk: expected 0..{layout.MAX_TOPK}, found {self.topk}")
-        if self.topk == 0 and self.bands:
-            raise InvalidArgumentError(f"bands: expected none for topk=0, found {self.bands}")
+        for name in ("topk", "chosen", "sampled"):
+            if not 0 <= getattr(self, name) <= layout.MAX_TOPK:
+                raise InvalidArgumentError(
+                    f"{name}: expected 0..{layout.MAX_TOPK}, found {getattr(self, name)}"
+                )
+        if self.topk == 0 and (self.bands or self.cut):
+            raise InvalidArgumentError(
+                f"bands, cut: expected none for topk=0, found {self.bands}, {self.cut}"
+            )
         rising = all(a < b for a, b in zip((0, *self.bands), self.bands, strict=False))
         if self.topk and (not self.bands or self.bands[-1] != self.topk or not rising):
             raise InvalidArgumentError(
                 f"bands: expected rising ends, the last one {self.topk}, found {self.bands}"
             )
+        temperature = self.sampled_temperature
+        usual = self.sampled > 0 or temperature == 1.0
+        if type(temperature) is not float or not 0 < temperature <= 100 or not usual:
+            raise InvalidArgumentError(
+                f"sampled_temperature: expected a number in (0, 100], and 1.0 without draws, "
+                f"found {temperature!r:.100}"
+            )
         check_encoding(self.encoding)
+        packed = self.encoding != "plain" and bool(self.topk or self.chosen or self.sampled)
+        if self.id_table not in (("none", "auto", "given") if packed else ("none",)):
+            raise InvalidArgumentError(
+                f"id_table: expected none{', auto or given' if packed else ' for plain pages'}, "
+                f"found {self.id_table!r:.100}"
+            )
         for name, kind in self.user_columns.items():
             if not layout.USER_COLUMN.fullmatch(name) or kind not in USER_TYPES:
                 raise InvalidArgumentError(
@@ -72,18 +143,50 @@ class CacheSchema:
                     f"and one of {', '.join(USER_TYPES)}"
                 )
 
-    def band_ranges(self, ranks: int | None = None) -> list[tuple[int, int]]:
-        """(start, end) of every band needed for the first `ranks` ranks; None means all."""
+    @property
+    def sizes(self) -> SupportSizes:
+        """How many ids a position may hold."""
+        ragged = self.cut is not None
+        return SupportSizes(topk=self.topk, ragged=ragged, chosen=self.chosen, sampled=self.sampled)
+
+    @property
+    def tolerance(self) -> float:
+        """How far stored probabilities of one position may exceed 1 in sum."""
+        return value_tolerance(self.encoding)
+
+    def topk_columns(self, ranks: int | None = None) -> list[PackedColumn]:
+        """The columns of every band needed for the first `ranks` ranks; None means all."""
         wanted = self.topk if ranks is None else ranks
         starts = (0, *self.bands[:-1])
-        return [(a, b) for a, b in zip(starts, self.bands, strict=True) if a < wanted] if self.bands else []
+        return [
+            PackedColumn(f"topk_{start}_{end}", layout.KIND_TOPK, start, end)
+            for start, end in zip(starts, self.bands, strict=False)
+            if start < wanted
+        ]
+
+    def support_columns(self, kind: str) -> list[PackedColumn]:
+        """The columns of one kind of support: "topk", "chosen" or "sampled"."""
+        if kind == "topk":
+            return self.topk_columns()
+        width, code = (
+            (self.chosen, layout.KIND_CHOSEN) if kind == "chosen" else (self.sampled, layout.KIND_SAMPLED)
+        )
+        return [PackedColumn(kind, code, 0, width)] if width else []
+
+    def packed_columns(self) -> list[PackedColumn]:
+        """All packed columns, in file order."""
+        return [column for kind in SUPPORTS for column in self.support_columns(kind)]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; column names and types follow from it."""
-        bands = list(self.bands)
         return {
-            "bands": bands,
+            "bands": list(self.bands),
+            "chosen": self.chosen,
+            "cut": None if self.cut is None else {"rule": self.cut.rule, "value": self.cut.value},
             "encoding": self.encoding,
+            "id_table": self.id_table,
+            "sampled": self.sampled,
+            "sampled_temperature": self.sampled_temperature,
             "topk": self.topk,
             "user_columns": dict(sorted(self.user_columns.items())),
         }
@@ -91,12 +194,26 @@ class CacheSchema:
     @classmethod
     def from_json(cls, value: object, *, where: str) -> CacheSchema:
         """Read what `to_json` wrote. Raises FormatError, and UnsupportedVersionError for a later encoding."""
-        kinds = {"bands": list, "encoding": str, "topk": int, "user_columns": dict}
+        kinds = {
+            "bands": list,
+            "chosen": int,
+            "cut": dict,
+            "encoding": str,
+            "id_table": str,
+            "sampled": int,
+            "sampled_temperature": float,
+            "topk": int,
+            "user_columns": dict,
+        }
         well_formed = (
             isinstance(value, dict)
             and value.keys() == kinds.keys()
-            and all(type(value[name]) is kind for name, kind in kinds.items())
+            and all(
+                type(value[name]) is kind or (name == "cut" and value[name] is None)
+                for name, kind in kinds.items()
+            )
             and all(type(end) is int for end in value["bands"])
+            and (value["cut"] is None or value["cut"].keys() == {"rule", "value"})
             and all(isinstance(kind, str) for kind in value["user_columns"].values())
         )
         if not isinstance(value, dict) or not well_formed:
@@ -106,14 +223,10 @@ class CacheSchema:
         except InvalidArgumentError as error:
             raise UnsupportedVersionError(f"{where}: {error}; upgrade opd-store") from error
         try:
-            return cls(**{**value, "bands": tuple(value["bands"])})
-        except InvalidArgumentError as error:
+            cut = None if value["cut"] is None else Cut(**value["cut"])
+            return cls(**{**value, "bands": tuple(value["bands"]), "cut": cut})
+        except (InvalidArgumentError, TypeError) as error:
             raise FormatError(f"{where}: {error}") from error
-
-
-def band_column(start: int, end: int) -> str:
-    """Name of the packed column of ranks [start, end), such as `topk_8_16`."""
-    return f"topk_{start}_{end}"
 
 
 def arrow_schema(schema: CacheSchema) -> pa.Schema:
@@ -126,7 +239,7 @@ def arrow_schema(schema: CacheSchema) -> pa.Schema:
     fields += [pa.field(name, USER_TYPES[kind]) for name, kind in sorted(schema.user_columns.items())]
     fields += [pa.field(name, list_of(kind), nullable=False) for name, kind in TOKEN_LISTS.items()]
     fields += [pa.field(name, list_of(kind)) for name, kind in RESPONSE_LISTS.items()]
-    fields += [pa.field(band_column(a, b), pa.binary(), nullable=False) for a, b in schema.band_ranges()]
+    fields += [pa.field(column.name, pa.binary(), nullable=False) for column in schema.packed_columns()]
     return pa.schema(fields)
 
 
@@ -136,6 +249,10 @@ class BatchBuilder:
     def __init__(self, schema: CacheSchema) -> None:
         self._schema = schema
         self._arrow = arrow_schema(schema)
+        self.id_table: IdTable | None = None
+        """What the ids of pages may refer to from now on."""
+        self.max_error = 0.0
+        """Nats, of everything encoded so far."""
         self._clear()
 
     def _clear(self) -> None:
@@ -166,23 +283,13 @@ class BatchBuilder:
             value = getattr(rollout, name)
             item_type = (TOKEN_LISTS | RESPONSE_LISTS)[name].to_pandas_dtype()
             row[name] = None if value is None else np.array(value, item_type, copy=True)
-        if self._schema.topk:
-            assert rollout.topk_ids is not None
-            assert rollout.topk_logprob is not None
-            assert rollout.log_tail is not None
-            pages = encode_pages(
-                Band(rollout.topk_ids, rollout.topk_logprob, rollout.log_tail),
-                encoding=self._schema.encoding,
-                bands=self._schema.bands,
-                rollout_hash=rollout_hash,
-            )
-            for (start, end), page in zip(self._schema.band_ranges(), pages, strict=True):
+        for kind in SUPPORTS:
+            for column, page in self._pages(kind, rollout, rollout_hash):
                 if len(page) > layout.MAX_PAGE_BYTES:
-                    limit = layout.MAX_PAGE_BYTES
                     raise _invalid(
-                        rollout, band_column(start, end), f"a page of at most {limit} bytes", len(page)
+                        rollout, column.name, f"a page of at most {layout.MAX_PAGE_BYTES} bytes", len(page)
                     )
-                row[band_column(start, end)] = page
+                row[column.name] = page
         sizes = (
             value.nbytes if isinstance(value, np.ndarray) else len(value)
             for value in row.values()
@@ -197,6 +304,41 @@ class BatchBuilder:
         for name, value in row.items():
             self._values[name].append(value)
         self.n_bytes += n_bytes
+
+    def _pages(self, kind: str, rollout: Rollout, rollout_hash: bytes) -> list[tuple[PackedColumn, bytes]]:
+        columns = self._schema.support_columns(kind)
+        if not columns:
+            return []
+        ids_field, logprob_field, tail_field, draws_field = SUPPORTS[kind]
+        support = Band(
+            getattr(rollout, ids_field),
+            getattr(rollout, logprob_field),
+            getattr(rollout, tail_field),
+            None if draws_field is None else getattr(rollout, draws_field),
+        )
+        if kind == "topk" and self._schema.cut is not None:
+            support = _cut(support, self._schema.cut)
+        ranks = max(column.rank_end - column.rank_start for column in columns)
+        decoded_bytes = (12 * ranks + 4) * rollout.response_len
+        if self._schema.encoding != "plain" and decoded_bytes > layout.MAX_DECODED_BYTES:
+            limit = layout.MAX_DECODED_BYTES // (12 * ranks + 4)
+            raise _invalid(
+                rollout, ids_field, f"at most {limit} response tokens a page", rollout.response_len
+            )
+        try:
+            encoded = encode_pages(
+                support,
+                encoding=self._schema.encoding,
+                kind=columns[0].kind,
+                bands=tuple(column.rank_end for column in columns),
+                rollout_hash=rollout_hash,
+                id_table=self.id_table,
+            )
+        except Unencodable as error:
+            position, expected, found = error.args
+            raise _invalid(rollout, logprob_field, expected, found, position) from error
+        self.max_error = max(self.max_error, encoded.max_error)
+        return list(zip(columns, encoded.pages, strict=True))
 
     def _user_values(self, rollout: Rollout) -> dict[str, Scalar | None]:
         unknown = rollout.extra.keys() - self._schema.user_columns.keys()
@@ -264,6 +406,35 @@ def _binary_array(values: list[bytes]) -> pa.Array:
     )
 
 
-def _invalid(rollout: Rollout, name: str, expected: str, found: object) -> InvalidRolloutError:
-    message = f"rollout {rollout.sample_id!r:.100}, field {name}: expected {expected}, found {found!s:.100}"
-    return InvalidRolloutError(message, sample_id=rollout.sample_id or "", field=name)
+def _cut(support: Band, cut: Cut) -> Band:
+    """Drop the ranks that the rule does not keep, and add them to the tail."""
+    present = support.ids != layout.NO_ID
+    if cut.rule == "probability":
+        assert cut.value is not None
+        kept = present & (support.logprob >= np.float32(math.log(cut.value)))
+    elif cut.rule == "mass":
+        probability = np.exp(support.logprob.astype(np.float64))
+        before = np.cumsum(probability, axis=1) - probability
+        kept = present & (before < cut.value)
+    else:
+        return support
+    kept[:, 0] = True
+    dropped = np.where(kept, -np.inf, support.logprob.astype(np.float64))
+    tail = np.logaddexp(support.log_tail.astype(np.float64), np.logaddexp.reduce(dropped, axis=1))
+    return Band(
+        np.where(kept, support.ids, np.uint32(layout.NO_ID)),
+        np.where(kept, support.logprob, np.float32(-np.inf)),
+        np.where((present & ~kept).any(axis=1), np.minimum(tail, 0.0), support.log_tail).astype(np.float32),
+    )
+
+
+def _invalid(
+    rollout: Rollout, name: str, expected: str, found: object, position: int = -1
+) -> InvalidRolloutError:
+    place = f", position {position}" if position >= 0 else ""
+    return InvalidRolloutError(
+        f"rollout {rollout.sample_id!r:.100}, field {name}{place}: expected {expected}, found {found!s:.100}",
+        sample_id=rollout.sample_id or "",
+        field=name,
+        position=position,
+    )

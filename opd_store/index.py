@@ -48,15 +48,17 @@ ROLLOUT_TABLE = _required(
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """An index file as the manifest names it."""
+    """An index file or id table as the manifest names it."""
 
     sha256: bytes
     n_bytes: int
+    directory: str = layout.INDEX_DIR
 
     @property
     def path(self) -> str:
         """Name relative to the cache's root."""
-        return f"{layout.INDEX_DIR}/{self.sha256.hex()}.arrow"
+        suffix = layout.TABLE_SUFFIX if self.directory == layout.TABLE_DIR else ".arrow"
+        return f"{self.directory}/{self.sha256.hex()}{suffix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class SegmentRef:
     response_tokens: int
     n_bytes: int
     """Bytes of the shards."""
+    max_error: float
+    """Nats: how far log-probs and tails of packed pages are from those appended, at most."""
 
 
 def encode_shard_table(shards: Sequence[ShardInfo]) -> bytes:

@@ -30,6 +30,8 @@ class Manifest:
     meta: CacheMeta
     schema: CacheSchema
     segments: tuple[SegmentRef, ...]
+    id_table: FileRef | None = None
+    """What the ids of packed pages may refer to; once there, the same in every later version."""
     required_features: tuple[str, ...] = ()
     optional_features: tuple[str, ...] = ()
     newer: bool = False
@@ -58,6 +60,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "optional_features": list(manifest.optional_features),
         "meta": manifest.meta.to_json(),
         "schema": manifest.schema.to_json(),
+        "id_table": None if manifest.id_table is None else _file_to_json(manifest.id_table),
         "segments": [_segment_to_json(segment) for segment in manifest.segments],
     }
     text = json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False).encode()
@@ -100,6 +103,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         "optional_features": list,
         "meta": dict,
         "schema": dict,
+        "id_table": dict | None,
         "segments": list,
         "checksum": str,
     }
@@ -125,13 +129,29 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         )
     meta = CacheMeta.from_json(value["meta"], where=f"{where}: meta", allow_unknown=newer)
     schema = CacheSchema.from_json(value["schema"], where=f"{where}: schema")
-    if schema.topk > meta.vocab_size:
-        raise FormatError(f"{where}: {schema.topk} ranks of a vocabulary of {meta.vocab_size}", uri=where)
+    widest = max(schema.topk, schema.chosen, schema.sampled)
+    if widest > meta.vocab_size:
+        raise FormatError(f"{where}: {widest} ids of a vocabulary of {meta.vocab_size}", uri=where)
+    id_table = value["id_table"]
+    if id_table is not None:
+        id_table = _file_from_json(id_table, where, newer, directory=layout.TABLE_DIR)
+        if id_table.n_bytes > layout.MAX_ID_TABLE_BYTES:
+            raise FormatError(
+                f"{where}: an id table of {id_table.n_bytes} bytes, the limit is {layout.MAX_ID_TABLE_BYTES}",
+                uri=where,
+            )
+    allowed = {"none": [False], "auto": [False, True], "given": [True]}[schema.id_table]
+    if (id_table is not None) not in allowed:
+        raise FormatError(
+            f"{where}: the schema's id_table is {schema.id_table!r}, but the manifest names {id_table}",
+            uri=where,
+        )
     return Manifest(
         sequence=value["sequence"],
         parent=value["parent"],
         meta=meta,
         schema=schema,
+        id_table=id_table,
         segments=tuple(_segment_from_json(item, where, newer) for item in value["segments"]),
         required_features=tuple(value["required_features"]),
         optional_features=tuple(value["optional_features"]),
@@ -226,32 +246,42 @@ _SEGMENT_COUNTS = ("n_shards", "rows", "tokens", "response_tokens", "n_bytes")
 
 
 def _segment_to_json(segment: SegmentRef) -> dict[str, Any]:
-    files = {
-        name: {"sha256": ref.sha256.hex(), "n_bytes": ref.n_bytes}
-        for name, ref in (("shards", segment.shards), ("rollouts", segment.rollouts))
+    files: dict[str, Any] = {
+        "shards": _file_to_json(segment.shards),
+        "rollouts": _file_to_json(segment.rollouts),
     }
-    return files | {name: getattr(segment, name) for name in _SEGMENT_COUNTS}
+    counts = {name: getattr(segment, name) for name in _SEGMENT_COUNTS}
+    return files | counts | {"max_error": segment.max_error}
+
+
+def _file_to_json(ref: FileRef) -> dict[str, Any]:
+    return {"sha256": ref.sha256.hex(), "n_bytes": ref.n_bytes}
 
 
 def _segment_from_json(value: object, where: str, allow_unknown: bool) -> SegmentRef:
     where = f"{where}: segment"
-    expected = {"shards": dict, "rollouts": dict} | dict.fromkeys(_SEGMENT_COUNTS, int)
+    expected = {"shards": dict, "rollouts": dict, "max_error": float} | dict.fromkeys(_SEGMENT_COUNTS, int)
     _check_object(value, expected, where, allow_unknown=allow_unknown)
     assert isinstance(value, dict)
     if any(value[name] < 1 for name in _SEGMENT_COUNTS):
         raise FormatError(f"{where}: a count below 1")
+    if value["max_error"] < 0:
+        raise FormatError(f"{where}: max_error {value['max_error']}, expected at least 0.0")
     return SegmentRef(
         _file_from_json(value["shards"], where, allow_unknown),
         _file_from_json(value["rollouts"], where, allow_unknown),
         **{name: value[name] for name in _SEGMENT_COUNTS},
+        max_error=value["max_error"],
     )
 
 
-def _file_from_json(value: dict[str, Any], where: str, allow_unknown: bool) -> FileRef:
+def _file_from_json(
+    value: dict[str, Any], where: str, allow_unknown: bool, *, directory: str = layout.INDEX_DIR
+) -> FileRef:
     _check_object(value, {"sha256": str, "n_bytes": int}, where, allow_unknown=allow_unknown)
     if not re.fullmatch(r"[0-9a-f]{64}", value["sha256"]) or value["n_bytes"] < 1:
         raise FormatError(f"{where}: {value!r:.200} does not name a file")
-    return FileRef(bytes.fromhex(value["sha256"]), value["n_bytes"])
+    return FileRef(bytes.fromhex(value["sha256"]), value["n_bytes"], directory)
 
 
 def manifest_digest(data: Buffer) -> str:

@@ -10,10 +10,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opd_store import layout
-from opd_store.errors import InvalidRolloutError
+from opd_store.errors import InvalidArgumentError, InvalidRolloutError
+from opd_store.values import LOWEST, Problem, ids_problem, logprobs_problem, support_problem
 
 Scalar = str | int | float | bool
 FINISH_REASONS = ("stop", "length", "abort", "unknown")
+SUPPORTS = {
+    "topk": ("topk_ids", "topk_logprob", "log_tail", None),
+    "chosen": ("chosen_ids", "chosen_logprob", "chosen_log_tail", None),
+    "sampled": ("sampled_ids", "sampled_logprob", "sampled_log_tail", "sampled_draws"),
+}
+"""Kind of support to the fields of a rollout: ids, log-probs, tail, draws."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +29,9 @@ class Rollout:
 
     Let L be all tokens, R = L - prompt_len those of the response, K the stored top-k. Every row is
     label-aligned: row t of a response array is about token prompt_len + t, given the tokens before it. Absent
-    is None, never zeros. Arrays read from a cache are read-only views of the mapped file where the encoding
-    allows it.
+    is None, never zeros. Rows of ids may be shorter than their neighbours where the cache allows it; they end
+    in padding, id 0xFFFFFFFF with log-prob -inf. Arrays read from a cache are read-only views of the mapped
+    file where the encoding allows it.
     """
 
     token_ids: NDArray[np.uint32]
@@ -44,6 +52,20 @@ class Rollout:
     """[R, K] nats, temperature 1, normalised over the whole vocabulary."""
     log_tail: NDArray[np.float32] | None = None
     """[R] nats, log of the teacher's probability outside the top-k; -inf where nothing is left."""
+    chosen_ids: NDArray[np.uint32] | None = None
+    """[R, C] ids that somebody else chose, such as the student's own top-k, in the teacher's order."""
+    chosen_logprob: NDArray[np.float32] | None = None
+    """[R, C] nats, the teacher's."""
+    chosen_log_tail: NDArray[np.float32] | None = None
+    """[R] nats, log of the teacher's probability outside the chosen ids."""
+    sampled_ids: NDArray[np.uint32] | None = None
+    """[R, S] distinct ids drawn from the teacher (random-sampling KD), in the teacher's order."""
+    sampled_logprob: NDArray[np.float32] | None = None
+    """[R, S] nats, the teacher's at temperature 1, whatever the draws were made at."""
+    sampled_log_tail: NDArray[np.float32] | None = None
+    """[R] nats, log of the teacher's probability outside the drawn ids."""
+    sampled_draws: NDArray[np.uint32] | None = None
+    """[R, S] how often each id was drawn."""
     sample_id: str | None = None
     finish_reason: str = "unknown"
     """"stop" (a stop token was sampled, and is the last token), "length", "abort" or "unknown"."""
@@ -65,13 +87,44 @@ class Rollout:
         """[R] the sampled tokens."""
         return self.token_ids[self.prompt_len :]
 
+    def ragged_topk(self) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.int64]]:
+        """The top-k without padding: ids [n], log-probs [n], offsets [R + 1] of the rows.
 
-def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
+        Raises:
+            InvalidArgumentError: this rollout has no top-k.
+        """
+        if self.topk_ids is None or self.topk_logprob is None:
+            raise InvalidArgumentError("topk_ids: this rollout has none")
+        present = self.topk_ids != layout.NO_ID
+        offsets = np.zeros(len(present) + 1, np.int64)
+        np.cumsum(present.sum(axis=1), out=offsets[1:])
+        return self.topk_ids[present], self.topk_logprob[present], offsets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupportSizes:
+    """How many ids a position of a cache may hold."""
+
+    topk: int = 0
+    ragged: bool = False
+    """Whether a position may have fewer than `topk` ranks."""
+    chosen: int = 0
+    sampled: int = 0
+
+
+def checked(
+    rollout: Rollout,
+    *,
+    vocab_size: int,
+    sizes: SupportSizes,
+    tolerance: float = layout.PROBABILITY_TOLERANCE,
+) -> Rollout:
     """The rollout with its arrays in the dtypes of the format, proven possible.
 
     Args:
         vocab_size: ids have to be below it.
-        topk: K of the cache; 0 for a cache without top-k.
+        sizes: what the cache holds; shorter rows are padded to it.
+        tolerance: how far the probabilities of one position may exceed 1 in sum.
 
     Raises:
         InvalidRolloutError: names the rollout, field, position, what was expected and what was found.
@@ -87,6 +140,10 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
             position=position,
         )
 
+    def require(problem: Problem | None) -> None:
+        if problem is not None:
+            refuse(*problem)
+
     def array_of(field_name: str, value: ArrayLike) -> NDArray[Any]:
         try:
             return np.asarray(value)
@@ -98,69 +155,83 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
             refuse(field_name, f"an integer in [{low}, {high})", repr(value))
         return int(value)
 
-    def ids_of(field_name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-        ids = array_of(field_name, value)
-        if ids.shape != shape or ids.dtype.kind not in "iu":
-            refuse(field_name, f"integers of shape {list(shape)}", f"{ids.dtype} of shape {list(ids.shape)}")
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-            wrong = (ids < 0) | (ids >= vocab_size)
-            at = int(np.argmax(wrong.reshape(len(ids), -1).any(axis=1)))
-            found = int(ids[wrong][0])
-            refuse(field_name, f"ids in [0, vocab_size {vocab_size})", found, at)
-        return np.ascontiguousarray(ids, np.uint32)
+    def integers(field_name: str, value: ArrayLike, *shape: int) -> NDArray[np.uint32]:
+        array = array_of(field_name, value)
+        if array.shape != shape or array.dtype.kind not in "iu":
+            refuse(
+                field_name, f"integers of shape {list(shape)}", f"{array.dtype} of shape {list(array.shape)}"
+            )
+        if array.size and not 0 <= array.min() <= array.max() <= layout.NO_ID:
+            require(ids_problem(field_name, array, vocab_size))
+        return np.ascontiguousarray(array, np.uint32)
 
-    def logprobs_of(
-        field_name: str, value: ArrayLike, shape: tuple[int, ...], low: float
-    ) -> NDArray[np.float32]:
+    def floats(field_name: str, value: ArrayLike, *shape: int) -> NDArray[np.float32]:
         values = array_of(field_name, value)
         if values.shape != shape or values.dtype.kind != "f":
             refuse(
                 field_name, f"floats of shape {list(shape)}", f"{values.dtype} of shape {list(values.shape)}"
             )
         with np.errstate(over="ignore"):  # becomes -inf or inf, and is refused below where it is wrong
-            values = np.ascontiguousarray(values, np.float32)
-        # NaN makes the comparison false.
-        if not low <= values.min(initial=0) <= values.max(initial=low) <= 0:
-            wrong = ~((values <= 0) & (values >= low))
-            at = int(np.argmax(wrong.reshape(len(values), -1).any(axis=1)))
-            refuse(field_name, "log-probs that are finite and <= 0", values[wrong][0], at)
-        return values
+            return np.ascontiguousarray(values, np.float32)
 
     tokens = array_of("token_ids", rollout.token_ids)
     if tokens.ndim != 1 or not 2 <= len(tokens) <= layout.MAX_ROLLOUT_TOKENS:
         refuse("token_ids", f"2 to {layout.MAX_ROLLOUT_TOKENS} tokens in one dimension", list(tokens.shape))
-    tokens = ids_of("token_ids", tokens, tokens.shape)
+    tokens = integers("token_ids", tokens, *tokens.shape)
+    require(ids_problem("token_ids", tokens, vocab_size))
     # At least one token of prompt and one of response.
     prompt_len = integer("prompt_len", rollout.prompt_len, 1, len(tokens))
     size = len(tokens) - prompt_len
 
-    lowest = float(np.finfo(np.float32).min)
-    logprobs = {
-        field_name: logprobs_of(field_name, value, (size,), lowest)
-        for field_name in ("teacher_logprob", "behaviour_logprob", "reference_logprob")
-        if (value := getattr(rollout, field_name)) is not None
-    }
-    mask = None
+    arrays: dict[str, NDArray[Any]] = {}
+    for field_name in ("teacher_logprob", "behaviour_logprob", "reference_logprob"):
+        if (value := getattr(rollout, field_name)) is not None:
+            arrays[field_name] = floats(field_name, value, size)
+            require(logprobs_problem(field_name, arrays[field_name], LOWEST))
     if rollout.loss_mask is not None:
         mask = array_of("loss_mask", rollout.loss_mask)
         if mask.shape != (size,) or mask.dtype != np.bool_:
             refuse("loss_mask", f"bool of shape [{size}]", f"{mask.dtype} of shape {list(mask.shape)}")
+        arrays["loss_mask"] = mask
 
-    topk_ids = topk_logprob = log_tail = None
-    if topk:
-        for field_name in ("topk_ids", "topk_logprob", "log_tail"):
-            if getattr(rollout, field_name) is None:
-                refuse(field_name, f"an array, since the cache stores the top {topk}", None)
-        assert rollout.topk_ids is not None
-        assert rollout.topk_logprob is not None
-        assert rollout.log_tail is not None
-        topk_ids = ids_of("topk_ids", rollout.topk_ids, (size, topk))
-        topk_logprob = logprobs_of("topk_logprob", rollout.topk_logprob, (size, topk), lowest)
-        log_tail = logprobs_of("log_tail", rollout.log_tail, (size,), -np.inf)
-        if (found := topk_problem(topk_ids, topk_logprob, log_tail)) is not None:
-            refuse(*found)
-    elif rollout.topk_ids is not None or rollout.topk_logprob is not None or rollout.log_tail is not None:
-        refuse("topk_ids", "None, since the cache was created with topk=0", "an array")
+    for kind, (ids_field, logprob_field, tail_field, draws_field) in SUPPORTS.items():
+        fields = [ids_field, logprob_field, tail_field, *([draws_field] if draws_field else [])]
+        width: int = getattr(sizes, kind)
+        given = [getattr(rollout, field_name) for field_name in fields]
+        if not width:
+            for field_name, value in zip(fields, given, strict=True):
+                if value is not None:
+                    refuse(field_name, f"None, since the cache was created with {kind}=0", "an array")
+            continue
+        for field_name, value in zip(fields, given, strict=True):
+            if value is None:
+                refuse(field_name, f"an array, since the cache was created with {kind}={width}", None)
+        ragged = kind != "topk" or sizes.ragged
+        found = np.shape(array_of(ids_field, given[0]))
+        columns = found[1] if ragged and len(found) == 2 and 0 < found[1] < width else width
+        ids = integers(ids_field, given[0], size, columns)
+        logprob = floats(logprob_field, given[1], size, columns)
+        log_tail = floats(tail_field, given[2], size)
+        draws = integers(fields[3], given[3], size, columns) if draws_field else None
+        require(
+            support_problem(
+                kind,
+                ids,
+                logprob,
+                log_tail,
+                draws=draws,
+                vocab_size=vocab_size,
+                ragged=ragged,
+                tolerance=tolerance,
+            )
+        )
+        room = ((0, 0), (0, width - columns))
+        if columns < width:
+            ids = np.pad(ids, room, constant_values=layout.NO_ID)
+            logprob = np.pad(logprob, room, constant_values=-np.inf)
+        arrays |= {ids_field: ids, logprob_field: logprob, tail_field: log_tail}
+        if draws is not None:
+            arrays[fields[3]] = np.pad(draws, room)
 
     if rollout.finish_reason not in FINISH_REASONS:
         refuse("finish_reason", f"one of {', '.join(FINISH_REASONS)}", rollout.finish_reason)
@@ -180,10 +251,6 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
     return Rollout(
         token_ids=tokens,
         prompt_len=prompt_len,
-        loss_mask=mask,
-        topk_ids=topk_ids,
-        topk_logprob=topk_logprob,
-        log_tail=log_tail,
         sample_id=rollout.sample_id,
         finish_reason=rollout.finish_reason,
         policy_version=policy_version,
@@ -191,7 +258,7 @@ def checked(rollout: Rollout, *, vocab_size: int, topk: int) -> Rollout:
         reward=reward,
         label=rollout.label,
         extra=rollout.extra,
-        **logprobs,
+        **arrays,
     )
 
 
@@ -201,36 +268,3 @@ def is_text(value: object) -> bool:
         return isinstance(value, str) and len(value.encode()) <= layout.MAX_TEXT_BYTES
     except UnicodeEncodeError:  # half a surrogate pair
         return False
-
-
-def topk_problem(
-    ids: NDArray[np.uint32], logprob: NDArray[np.float32], log_tail: NDArray[np.float32]
-) -> tuple[str, str, object, int] | None:
-    """The first rule that rows of top-k break: (field, expected, found, position), or None.
-
-    Args:
-        ids, logprob: [R, K]. Values are finite or checked otherwise.
-        log_tail: [R].
-    """
-    falling = np.diff(logprob, axis=1)
-    tie_order = (falling == 0) & (ids[:, 1:] <= ids[:, :-1])
-    wrong = ((falling > 0) | tie_order).any(axis=1)
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        return "topk_logprob", "falling log-probs, ties by rising id", f"ids {ids[at]}, {logprob[at]}", at
-    in_order = np.sort(ids, axis=1)
-    wrong = (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        return "topk_ids", "distinct ids", ids[at], at
-    total = np.exp(logprob.astype(np.float64)).sum(axis=1) + np.exp(log_tail.astype(np.float64))
-    wrong = total > 1 + layout.PROBABILITY_TOLERANCE
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        return (
-            "topk_logprob",
-            f"probabilities and tail of at most 1 + {layout.PROBABILITY_TOLERANCE}",
-            total[at],
-            at,
-        )
-    return None

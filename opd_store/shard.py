@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from opd_store import layout
+from opd_store.arrow_message import check_record_batch
 from opd_store.errors import FormatError, IntegrityError
 from opd_store.hashing import Buffer, crc32c
 
@@ -170,8 +171,11 @@ class ShardReader:
         self._verified = [False] * len(self._batches)
         head = self._checked(info.regions[0])
         self._checked(info.regions[-1])
+        n_magic = len(layout.ARROW_MAGIC)
+        if head.size <= n_magic or head.slice(0, n_magic).to_pybytes() != layout.ARROW_MAGIC:
+            raise FormatError(f"{uri}: not an Arrow file", uri=uri)
         try:
-            stored = pa.ipc.read_schema(head.slice(len(layout.ARROW_MAGIC)))
+            stored = pa.ipc.read_schema(head.slice(n_magic))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FormatError(f"{uri}: its schema does not parse: {error}", uri=uri) from error
         if not stored.equals(schema, check_metadata=True):
@@ -205,6 +209,7 @@ class ShardReader:
             view = self._buffer.slice(region.offset, region.length)
             return pa.ipc.read_record_batch(view, self._schema)
         view = self._checked(region)
+        check_record_batch(view, where=f"{self.uri}, record batch {number}")
         try:
             batch = pa.ipc.read_record_batch(view, self._schema)
             batch.validate(full=True)
@@ -234,13 +239,26 @@ def require_no_nulls(batch: pa.RecordBatch) -> None:
 
 
 def require_in_place(batch: pa.RecordBatch, view: pa.Buffer) -> None:
-    """Raise ValueError where Arrow had to make a copy: a compressed or big-endian body."""
+    """Raise ValueError where Arrow had to make a copy, and where a buffer has half an item at its end."""
     for declared, column in zip(batch.schema, batch.columns, strict=True):
-        for buffer in column.buffers():
+        for buffer, width in zip(column.buffers(), _buffer_widths(column.type), strict=True):
             if buffer is None or not buffer.size:
                 continue
             if not view.address <= buffer.address <= view.address + view.size - buffer.size:
                 raise ValueError(f"column {declared.name} is compressed or big-endian")
+            if buffer.size % width:
+                raise ValueError(f"column {declared.name} has {buffer.size} bytes of {width}-byte items")
+
+
+def _buffer_widths(kind: pa.DataType) -> list[int]:
+    """Bytes of an item of each buffer of a column: validity, offsets or values, and what a list holds."""
+    if pa.types.is_list(kind):
+        return [1, 4, *_buffer_widths(kind.value_type)]
+    if pa.types.is_binary(kind) or pa.types.is_string(kind):
+        return [1, 4, 1]
+    if pa.types.is_fixed_size_binary(kind):
+        return [1, 1]
+    return [1, max(kind.bit_width // 8, 1)]
 
 
 def check_regions(regions: tuple[Region, ...], n_bytes: int, rows: int, *, where: str) -> None:

@@ -86,7 +86,7 @@ class LocalStorage:
 
     def is_empty(self) -> bool:
         """Whether nothing but our own leftovers is there."""
-        ours = {TEMP_DIR, layout.SHARD_DIR, layout.INDEX_DIR, layout.MANIFEST_DIR}
+        ours = {TEMP_DIR, layout.SHARD_DIR, layout.INDEX_DIR, layout.TABLE_DIR, layout.MANIFEST_DIR}
         try:
             return set(os.listdir(self.root)) <= ours
         except FileNotFoundError:

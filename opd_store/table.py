@@ -8,19 +8,19 @@ import numpy as np
 import pyarrow as pa
 
 from opd_store.columns import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, USER_TYPES, CacheSchema
-from opd_store.rollout import Rollout
-
-_TOPK_TYPES = {"topk_ids": pa.uint32(), "topk_logprob": pa.float32(), "log_tail": pa.float32()}
+from opd_store.rollout import SUPPORTS, Rollout
 
 
 def rollouts_to_arrow(
     rollouts: Iterable[Rollout], schema: CacheSchema, columns: Collection[str] | None
 ) -> pa.Table:
-    """One row a rollout; top-k columns are flat lists of R * ranks values, position-major."""
+    """One row a rollout; ids and log-probs are flat lists of R * ranks values, position-major, padded."""
     types = {name: kind for name, (kind, _) in SCALARS.items() if name != "rollout_hash"}
     types |= {name: pa.list_(kind) for name, kind in (TOKEN_LISTS | RESPONSE_LISTS).items()}
-    if schema.topk:
-        types |= {name: pa.list_(kind) for name, kind in _TOPK_TYPES.items()}
+    for support, fields in SUPPORTS.items():
+        if getattr(schema, support):
+            kinds = (pa.uint32(), pa.float32(), pa.float32(), pa.uint32())
+            types |= {name: pa.list_(kind) for name, kind in zip(fields, kinds, strict=True) if name}
     users = {name: USER_TYPES[kind] for name, kind in schema.user_columns.items()}
     chosen = {
         name: kind

@@ -119,7 +119,13 @@ def _check_shard(
                 raise FormatError(
                     f"{uri}: the footer has another record batch {number} than the index", uri=uri
                 )
-            view = BatchView(batch, cache.schema, where=f"{uri}, record batch {number}")
+            view = BatchView(
+                batch,
+                cache.schema,
+                vocab_size=cache.meta.vocab_size,
+                id_table=cache.id_table,
+                where=f"{uri}, record batch {number}",
+            )
         except OpdError as error:
             yield error
             intact = False
@@ -163,7 +169,12 @@ def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> np.nd
     view.check_pages(row)
     rollout = view.rollout(row)
     try:
-        checked(rollout, vocab_size=cache.meta.vocab_size, topk=cache.topk)
+        checked(
+            rollout,
+            vocab_size=cache.meta.vocab_size,
+            sizes=cache.schema.sizes,
+            tolerance=cache.schema.tolerance,
+        )
     except InvalidRolloutError as error:
         raise FormatError(f"{where}: {error}", row=row, column=error.field) from error
     stored = view.hashes[row].tobytes()

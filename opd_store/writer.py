@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.cache import Cache, load_manifest
-from opd_store.columns import BatchBuilder, CacheSchema, arrow_schema
+from opd_store.columns import BatchBuilder, CacheSchema, Cut, arrow_schema
+from opd_store.encodings import IdTable, build_id_table
 from opd_store.errors import (
     CacheExistsError,
     CommitConflictError,
@@ -39,6 +42,8 @@ from opd_store.storage import LocalStorage, TempFile, resolve
 DEFAULT_BATCH_BYTES = 8 << 20
 """A record batch is one range request from a bucket, and what the writer holds in memory."""
 DEFAULT_SHARD_BYTES = 256 << 20
+TABLE_POSITIONS = 1 << 16
+"""Positions that an automatic id table is learnt from. More give a better table, later."""
 _COMMIT_TRIES = 16
 
 
@@ -59,6 +64,11 @@ def create(
     topk: int = 0,
     encoding: str = "plain",
     bands: tuple[int, ...] | None = None,
+    id_table: IdTable | Literal["auto"] | None = "auto",
+    cut: Cut | None = None,
+    chosen: int = 0,
+    sampled: int = 0,
+    sampled_temperature: float = 1.0,
     user_columns: dict[str, str] | None = None,
     batch_bytes: int = DEFAULT_BATCH_BYTES,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -68,8 +78,15 @@ def create(
     Args:
         meta: identity and provenance; the same for every version of a cache.
         topk: K, ranks stored at every response position; 0 for a cache of native columns only.
-        encoding: how top-k pages are stored; this release writes "plain".
-        bands: ends of the rank bands; None means 8, 16, 32, 64, 128, cut at `topk`.
+        encoding: how pages are stored: "plain" (mapped as it is), "f32" (every bit), "ladder16" (float16
+            values), "ladder/128", "ladder/64" or "ladder/32" (units of 1/128, 1/64, 1/32 nat).
+        bands: ends of the rank bands; None means 8 and 64, cut at `topk`.
+        id_table: what ids are coded by. "auto" learns a table from the first 65,536 positions and uses it
+            from then on; `plain` pages never have one.
+        cut: keep only some of the `topk` ranks at each position; None keeps all.
+        chosen: most ids a position may have that somebody else chose, such as the student's own top-k.
+        sampled: most distinct ids a position may have that were drawn from the teacher.
+        sampled_temperature: at which they were drawn.
         user_columns: `x_*` column name to "bool", "int64", "float64" or "utf8".
         batch_bytes: encoded bytes after which a record batch is written; bounds the writer's memory.
         shard_bytes: size after which a shard is finished.
@@ -90,19 +107,57 @@ def create(
         topk=topk,
         bands=layout.band_ends(topk) if bands is None else bands,
         encoding=encoding,
+        id_table=_table_policy(encoding, topk, chosen, sampled, id_table),
+        cut=cut,
+        chosen=chosen,
+        sampled=sampled,
+        sampled_temperature=sampled_temperature,
         user_columns=user_columns or {},
     )
-    if topk > meta.vocab_size:
-        raise InvalidArgumentError(f"topk: {topk} ranks of a vocabulary of {meta.vocab_size}")
+    widest = max(topk, chosen, sampled)
+    if widest > meta.vocab_size:
+        raise InvalidArgumentError(
+            f"topk, chosen, sampled: {widest} ids of a vocabulary of {meta.vocab_size}"
+        )
+    table = id_table if isinstance(id_table, IdTable) else None
+    if table is not None and table.vocab_size != meta.vocab_size:
+        raise InvalidArgumentError(
+            f"id_table: made for a vocabulary of {table.vocab_size}, the cache has {meta.vocab_size}"
+        )
     try:
-        empty = encode_manifest(Manifest(sequence=1, parent=None, meta=meta, schema=schema, segments=()))
+        empty = encode_manifest(
+            Manifest(
+                sequence=1,
+                parent=None,
+                meta=meta,
+                schema=schema,
+                segments=(),
+                id_table=None if table is None else table_ref(table),
+            )
+        )
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(f"meta: no reader would accept it: {error}") from error
     if len(empty) > layout.MAX_MANIFEST_BYTES // 2:
         raise InvalidArgumentError(
             f"meta: {len(empty)} bytes of JSON, the limit is {layout.MAX_MANIFEST_BYTES // 2}"
         )
-    return Writer(storage, meta, schema, None, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+    return Writer(storage, meta, schema, None, table, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+
+
+def _table_policy(
+    encoding: str, topk: int, chosen: int, sampled: int, id_table: IdTable | Literal["auto"] | None
+) -> str:
+    if isinstance(id_table, IdTable):
+        return "given"
+    if id_table not in ("auto", None):
+        raise InvalidArgumentError(f'id_table: expected an IdTable, "auto" or None, found {id_table!r:.100}')
+    # Tables are learnt from the teacher's top-k.
+    return "auto" if id_table == "auto" and encoding != "plain" and topk else "none"
+
+
+def table_ref(table: IdTable) -> FileRef:
+    """How a manifest names an id table."""
+    return FileRef(table.digest, len(table.to_bytes()), layout.TABLE_DIR)
 
 
 def append(
@@ -130,7 +185,15 @@ def append(
     _require_known(cache)
     if meta is not None:
         require_equal_meta(cache, meta)
-    return Writer(storage, cache.meta, cache.schema, cache, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+    return Writer(
+        storage,
+        cache.meta,
+        cache.schema,
+        cache,
+        cache.id_table,
+        batch_bytes=batch_bytes,
+        shard_bytes=shard_bytes,
+    )
 
 
 def _require_known(cache: Cache) -> None:
@@ -168,6 +231,7 @@ class Writer:
         meta: CacheMeta,
         schema: CacheSchema,
         base: Cache | None,
+        id_table: IdTable | None,
         *,
         batch_bytes: int,
         shard_bytes: int,
@@ -186,6 +250,12 @@ class Writer:
         self._sealed: list[tuple[ShardInfo, list[bytes]]] = []
         self._pending: set[tuple[bytes, str | None]] = set()
         self._failed = False
+        self._builder.id_table = id_table
+        self._sample: _IdSample | None = None
+        if schema.id_table == "auto" and id_table is None:
+            self._sample = _IdSample()
+            if base is not None:
+                self._sample.take_from(base)
         storage.remove_leftovers()
 
     def __enter__(self) -> Self:
@@ -214,12 +284,17 @@ class Writer:
             StorageError: the disk refused.
         """
         self._check_usable()
-        rollout = checked(rollout, vocab_size=self.meta.vocab_size, topk=self.schema.topk)
+        rollout = checked(rollout, vocab_size=self.meta.vocab_size, sizes=self.schema.sizes)
         name = rollout_hash(rollout.token_ids, self.meta.tokenizer_fingerprint)
         key = (name, rollout.sample_id)
         if key in self._pending or _holds(self._base, key):
             return False
+        if self._sample is not None and self._sample.is_full:
+            self._builder.id_table = self._sample.build(self.meta.vocab_size)
+            self._sample = None
         self._builder.add(rollout, name)
+        if self._sample is not None:
+            self._sample.add(rollout)
         self._pending.add(key)
         if self._builder.n_bytes >= self._batch_bytes:
             self._write_batch()
@@ -257,6 +332,7 @@ class Writer:
             self._base = self._commit_manifest()
             self._sealed.clear()
             self._pending.clear()
+            self._builder.max_error = 0.0
         self._failed = False
         base = self._base
         return Version(base.version, base.digest, f"{base.uri}@{base.digest}")
@@ -295,14 +371,18 @@ class Writer:
         self._shard = self._temp = None
 
     def _commit_manifest(self) -> Cache:
+        if self._builder.id_table is not None:
+            made = self._builder.id_table
+            self._storage.put_if_absent(table_ref(made).path, made.to_bytes())
         for _ in range(_COMMIT_TRIES):
-            base = self._base
+            base, table = self._base, self._builder.id_table
             manifest = Manifest(
                 sequence=1 if base is None else base.version + 1,
                 parent=None if base is None else base.digest,
                 meta=self.meta,
                 schema=self.schema,
                 segments=self._segments(base),
+                id_table=None if table is None else table_ref(table),
             )
             data = encode_manifest(manifest)
             name = layout.manifest_path(manifest.sequence)
@@ -334,6 +414,15 @@ class Writer:
                 f"{other.uri}: version {other.version}, by another writer, has some of these rollouts. "
                 "Open a new writer and append again; duplicates will be skipped."
             )
+        mine, theirs = self._builder.id_table, other.id_table
+        if mine is None:
+            # Pages written so far refer to none, and later ones may as well refer to this one.
+            self._builder.id_table = theirs
+        elif theirs is not None and mine.digest != theirs.digest:
+            raise CommitConflictError(
+                f"{other.uri}: version {other.version}, by another writer, has another id table. "
+                "Open a new writer and append again."
+            )
         self._base = other
 
     def _segments(self, base: Cache | None) -> tuple[SegmentRef, ...]:
@@ -344,10 +433,12 @@ class Writer:
         shards = [info for info, _ in self._sealed]
         rollouts = encode_rollout_table([hashes for _, hashes in self._sealed])
         merged_rows = sum(shard.rows for shard in shards)
+        max_error = self._builder.max_error
         first = len(kept)
         while first and kept[first - 1].rows < 2 * merged_rows:
             first -= 1
             merged_rows += kept[first].rows
+            max_error = max(max_error, kept[first].max_error)
         if base is not None and first < len(kept):
             old_shards = base.shards[sum(segment.n_shards for segment in kept[:first]) :]
             new_table = RolloutTable(
@@ -365,6 +456,7 @@ class Writer:
             tokens=sum(shard.tokens for shard in shards),
             response_tokens=sum(shard.response_tokens for shard in shards),
             n_bytes=sum(shard.n_bytes for shard in shards),
+            max_error=max_error,
         )
         return (*kept[:first], segment)
 
@@ -372,6 +464,34 @@ class Writer:
         ref = FileRef(file_digest(data), len(data))
         self._storage.put_if_absent(ref.path, data)
         return ref
+
+
+class _IdSample:
+    """The first positions of a cache, which its id table is learnt from."""
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint32]] = []
+        self._positions = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._positions >= TABLE_POSITIONS
+
+    def add(self, rollout: Rollout) -> None:
+        assert rollout.topk_ids is not None
+        if not self.is_full:
+            self._blocks.append(rollout.topk_ids)
+            self._positions += len(rollout.topk_ids)
+
+    def take_from(self, base: Cache) -> None:
+        """Begin with what was committed, so that a writer that was killed goes on to the same table."""
+        for rollout in base.scan(columns=("topk_ids",)):
+            if self.is_full:
+                return
+            self.add(rollout)
+
+    def build(self, vocab_size: int) -> IdTable:
+        return build_id_table(self._blocks, vocab_size=vocab_size)
 
 
 def _holds(cache: Cache | None, key: tuple[bytes, str | None]) -> bool:

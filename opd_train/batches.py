@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_store import InvalidRolloutError, Rollout
+from opd_store import NO_ID, InvalidRolloutError, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class TeacherBatch:
     behaviour_logprob: Tensor | None = None
     reference_logprob: Tensor | None = None
     topk_ids: Tensor | None = None
-    """[N, K] int64."""
+    """[N, K] int64; 0 where a row has fewer ranks, so that every id can be gathered."""
     topk_logprob: Tensor | None = None
-    """[N, K] float32."""
+    """[N, K] float32; -inf where a row has fewer ranks."""
     log_tail: Tensor | None = None
     """[N] float32."""
 
@@ -121,9 +121,10 @@ def collate(
     is_response = positions >= np.repeat(prompts, lengths)
     for row, rollout in zip(rows, rollouts, strict=True):
         for name, ids in (("token_ids", rollout.token_ids), ("topk_ids", rollout.topk_ids)):
-            if ids is not None and ids.size and ids.max() >= vocab_size:
+            if ids is not None and np.any(wrong := (ids >= vocab_size) & (ids != NO_ID)):
                 raise InvalidRolloutError(
-                    f"row {row}, {name}: id {ids.max()} outside the vocabulary of {vocab_size}", field=name
+                    f"row {row}, {name}: id {ids[wrong][0]} outside the vocabulary of {vocab_size}",
+                    field=name,
                 )
     masks = [
         np.ones(rollout.response_len, bool) if rollout.loss_mask is None else rollout.loss_mask
@@ -140,10 +141,14 @@ def collate(
         teacher_logprob=_joined(rollouts, "teacher_logprob", np.float32),
         behaviour_logprob=_joined(rollouts, "behaviour_logprob", np.float32),
         reference_logprob=_joined(rollouts, "reference_logprob", np.float32),
-        topk_ids=_joined(rollouts, "topk_ids", np.int64),
+        topk_ids=_gatherable(_joined(rollouts, "topk_ids", np.int64)),
         topk_logprob=_joined(rollouts, "topk_logprob", np.float32),
         log_tail=_joined(rollouts, "log_tail", np.float32),
     )
+
+
+def _gatherable(ids: Tensor | None) -> Tensor | None:
+    return None if ids is None else ids.masked_fill(ids == NO_ID, 0)
 
 
 def _joined(rollouts: Sequence[Rollout], name: str, dtype: type[np.generic]) -> Tensor | None:

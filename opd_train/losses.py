@@ -57,15 +57,23 @@ def topk_forward_kl(student_NK: Tensor, teacher_NK: Tensor, log_tail_N: Tensor) 
 
     Args:
         student_NK: [N, K] student log-probs at the teacher's ids, with gradient.
-        teacher_NK: [N, K] teacher log-probs.
+        teacher_NK: [N, K] teacher log-probs; -inf where a row has fewer ranks, which then do not count.
         log_tail_N: [N] teacher's log-probability outside the K ranks; -inf where nothing is left.
 
     Source: log-sum inequality, Cover & Thomas, Elements of Information Theory, 2nd ed., thm 2.7.1.
     """
+    student_NK, gap_NK = _without_padding(student_NK, teacher_NK)
     tail_N = log_tail_N.exp()
-    ranks_N = (teacher_NK.exp() * (teacher_NK - student_NK)).sum(dim=-1)
+    ranks_N = (teacher_NK.exp() * -gap_NK).sum(dim=-1)
     gap_N = torch.where(tail_N > 0, log_tail_N - log_tail_of(student_NK), 0.0)
     return ranks_N + tail_N * gap_N
+
+
+def _without_padding(student_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's log-probs with -inf at padding, and student - teacher with 0 there."""
+    absent_NK = teacher_NK.isneginf()
+    gap_NK = torch.where(absent_NK, 0.0, student_NK - teacher_NK.masked_fill(absent_NK, 0.0))
+    return student_NK.masked_fill(absent_NK, -torch.inf), gap_NK
 
 
 def topk_reverse_kl(student_NK: Tensor, teacher_NK: Tensor, log_tail_N: Tensor) -> Tensor:
@@ -73,7 +81,8 @@ def topk_reverse_kl(student_NK: Tensor, teacher_NK: Tensor, log_tail_N: Tensor) 
 
     A teacher tail of exactly zero would make it infinite for any student mass outside; it is floored at 1e-7.
     """
+    student_NK, gap_NK = _without_padding(student_NK, teacher_NK)
     student_tail_N = log_tail_of(student_NK)
     teacher_tail_N = log_tail_N.clamp(min=-16.118)  # log(1e-7), the smallest tail the student side resolves
-    ranks_N = (student_NK.exp() * (student_NK - teacher_NK)).sum(dim=-1)
+    ranks_N = (student_NK.exp() * gap_NK).sum(dim=-1)
     return ranks_N + student_tail_N.exp() * (student_tail_N - teacher_tail_N)

@@ -132,6 +132,7 @@ def _topk_sums(student_NK: Tensor, batch: TeacherBatch) -> dict[str, float]:
     assert batch.topk_logprob is not None
     assert batch.log_tail is not None
     teacher_NK, log_tail_N = batch.topk_logprob[mask], batch.log_tail[mask]
+    student_NK = student_NK.masked_fill(teacher_NK.isneginf(), -torch.inf)
     return {
         "forward_kl": topk_forward_kl(student_NK, teacher_NK, log_tail_N).sum().item(),
         "reverse_kl": topk_reverse_kl(student_NK, teacher_NK, log_tail_N).sum().item(),

@@ -2,8 +2,8 @@
 
     python spec/reference_reader.py CACHE[@sha256:...] [--row N]
 
-Needs the standard library and pyarrow, nothing else. It checks every rule, also those marked *(verify)*,
-before it returns anything. Section numbers in comments are those of the file named with them.
+Needs the standard library, pyarrow and zstandard, nothing else. It checks every rule, also those marked
+*(verify)*, before it returns anything. Section numbers in comments are those of the file named with them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
+import zstandard
 
 # format.md, section 7
 MAX_MANIFEST_BYTES = 1048576
@@ -33,20 +34,32 @@ MAX_ROLLOUT_TOKENS = 4194304
 MAX_PAGE_BYTES = 134217728
 MAX_BATCH_BYTES = 1073741824
 MAX_TEXT_BYTES = 4096
+MAX_DECODED_BYTES = 67108864
+MAX_ID_TABLE_BYTES = 67108864
 PROBABILITY_TOLERANCE = 0.001
+
+# format.md, section 2
+FORMAT = "FormatError"
+INTEGRITY = "IntegrityError"
+UNSUPPORTED = "UnsupportedVersionError"
+NOT_FOUND = "CacheNotFoundError"
 
 
 class RefusedError(ValueError):
-    """The cache breaks a rule."""
+    """The cache breaks a rule. `kind` is the name of the reaction, format.md, section 2."""
+
+    def __init__(self, why: str, kind: str = FORMAT) -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
-def refuse(why: str) -> NoReturn:
-    raise RefusedError(why)
+def refuse(why: str, kind: str = FORMAT) -> NoReturn:
+    raise RefusedError(why, kind)
 
 
-def require(rule: bool, why: str) -> None:
+def require(rule: bool, why: str, kind: str = FORMAT) -> None:
     if not rule:
-        refuse(why)
+        refuse(why, kind)
 
 
 # --- hashing.md ---
@@ -121,9 +134,9 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     require(len(data) <= MAX_MANIFEST_BYTES, "the manifest is too large")
     ending = re.search(rb',\n "checksum": "sha256:([0-9a-f]{64})"\n\}\n\Z', data)
     if ending is None:
-        refuse("the manifest does not end with its checksum")
+        refuse("the manifest does not end with its checksum", INTEGRITY)
     found = hashlib.sha256(data[: ending.start()]).hexdigest().encode()
-    require(found == ending[1], "the manifest has another checksum")
+    require(found == ending[1], "the manifest has another checksum", INTEGRITY)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -177,6 +190,11 @@ def is_number(value: object) -> bool:
     return is_integer(value) or isinstance(value, float)
 
 
+def is_fraction(value: object) -> bool:
+    """A number written with a fraction or an exponent."""
+    return isinstance(value, float)
+
+
 def is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("sha256:[0-9a-f]{64}", value) is not None
 
@@ -215,11 +233,11 @@ def check_manifest(value: dict[str, Any], number: int) -> None:
     )
     # versioning.md, rules 1, 4 and 5
     major, minor = map(int, str(version).split("."))
-    require(major == 1, f"format version {version}")
+    require(major == 1, f"format version {version}", UNSUPPORTED)
     newer = minor > 0
     names = is_list_of(is_string)
     require(names(value.get("required_features")), "required_features is not a list of names")
-    require(not value["required_features"], "an unknown required feature")
+    require(not value["required_features"], "an unknown required feature", UNSUPPORTED)
 
     texts = ("revision", "dtype", "quantisation", "engine", "engine_version", "logprob_mode")
     model = is_object(
@@ -251,8 +269,21 @@ def check_manifest(value: dict[str, Any], number: int) -> None:
         },
         newer=newer,
     )
+    cut = is_object(
+        {"rule": is_string, "value": lambda item: item is None or is_fraction(item)}, {}, newer=False
+    )
     schema = is_object(
-        {"bands": is_list_of(is_integer), "encoding": is_string, "topk": is_integer, "user_columns": is_map},
+        {
+            "bands": is_list_of(is_integer),
+            "chosen": is_integer,
+            "cut": lambda item: item is None or cut(item),
+            "encoding": is_string,
+            "id_table": is_string,
+            "sampled": is_integer,
+            "sampled_temperature": is_fraction,
+            "topk": is_integer,
+            "user_columns": is_map,
+        },
         {},
         newer=False,
     )
@@ -261,7 +292,14 @@ def check_manifest(value: dict[str, Any], number: int) -> None:
     )
     counts = ("n_shards", "rows", "tokens", "response_tokens", "n_bytes")
     segment = is_object(
-        {"shards": file, "rollouts": file, **dict.fromkeys(counts, is_count)}, {}, newer=newer
+        {
+            "shards": file,
+            "rollouts": file,
+            **dict.fromkeys(counts, is_count),
+            "max_error": lambda item: is_fraction(item) and item >= 0,
+        },
+        {},
+        newer=newer,
     )
     fields = {
         "format": is_string,
@@ -273,6 +311,7 @@ def check_manifest(value: dict[str, Any], number: int) -> None:
         "optional_features": names,
         "meta": meta,
         "schema": schema,
+        "id_table": lambda item: item is None or file(item),
         "segments": is_list_of(segment),
         "checksum": is_digest,
     }
@@ -280,17 +319,38 @@ def check_manifest(value: dict[str, Any], number: int) -> None:
         require(name in value and kind(value[name]), f"field {name} is missing or wrong")
     require(newer or value.keys() == fields.keys(), "an unknown field")
     require(value["sequence"] <= MAX_VERSION, "sequence is too large")
-    require(value["sequence"] == number, "the manifest was renamed")
+    require(value["sequence"] == number, "the manifest was renamed", INTEGRITY)
     require((value["sequence"] == 1) == (value["parent"] is None), "parent does not fit the sequence")
     require(len(value["segments"]) <= MAX_SEGMENTS, "too many segments")
 
     require(value["meta"]["vocab_size"] <= MAX_VOCAB, "the vocabulary is too large")
-    topk, bands = value["schema"]["topk"], value["schema"]["bands"]
-    require(0 <= topk <= min(MAX_TOPK, value["meta"]["vocab_size"]), "topk is out of range")
-    require(value["schema"]["encoding"] == "plain", "an unknown encoding")
+    check_schema(value["schema"], value["meta"]["vocab_size"])
+    table, policy = value["id_table"], value["schema"]["id_table"]
+    require(table is None or table["n_bytes"] <= MAX_ID_TABLE_BYTES, "the id table is too large")
+    require(
+        policy == "auto" or (table is not None) == (policy == "given"), "id_table does not fit the schema"
+    )
+
+
+def check_schema(schema: dict[str, Any], vocab_size: int) -> None:
+    """manifest.md, section 5."""
+    topk, bands, cut = schema["topk"], schema["bands"], schema["cut"]
+    for name in ("topk", "chosen", "sampled"):
+        require(0 <= schema[name] <= min(MAX_TOPK, vocab_size), f"{name} is out of range")
+    require(schema["encoding"] in ENCODINGS, "an unknown encoding", UNSUPPORTED)
     require(bands == sorted(set(bands)) and all(end > 0 for end in bands), "bands do not rise")
     require(bands[-1:] == [topk] if topk else not bands, "the last band does not end at topk")
-    for name, kind in value["schema"]["user_columns"].items():
+    if cut is not None:
+        require(topk > 0, "a cut without top-k")
+        require(cut["rule"] in ("probability", "mass", "given"), "an unknown rule of a cut")
+        given = cut["rule"] == "given"
+        require(cut["value"] is None if given else cut["value"] is not None, "the value of a cut")
+        require(given or 0 < cut["value"] < 1, "the value of a cut")
+    require(0 < schema["sampled_temperature"] <= 100, "sampled_temperature is out of range")
+    require(schema["sampled"] > 0 or schema["sampled_temperature"] == 1, "a temperature without draws")
+    packed = schema["encoding"] != "plain" and any(schema[n] for n in ("topk", "chosen", "sampled"))
+    require(schema["id_table"] in (("none", "auto", "given") if packed else ("none",)), "id_table")
+    for name, kind in schema["user_columns"].items():
         require(bool(re.fullmatch("x_[a-z0-9_]{1,62}", name)), f"user column {name!r}")
         require(kind in USER_TYPES, f"type {kind!r} of a user column")
 
@@ -305,8 +365,15 @@ def list_of(kind: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("item", kind, nullable=False))
 
 
-def band_ranges(schema: dict[str, Any]) -> list[tuple[int, int]]:
-    return list(zip([0, *schema["bands"]], schema["bands"], strict=False))
+TOPK, CHOSEN, SAMPLED = 0, 1, 2
+KINDS = {"topk": TOPK, "chosen": CHOSEN, "sampled": SAMPLED}
+
+
+def packed_columns(schema: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    """Name, support, rank_start and rank_end of every packed column, in order."""
+    ranges = zip([0, *schema["bands"]], schema["bands"], strict=False)
+    columns = [(f"topk_{start}_{end}", "topk", start, end) for start, end in ranges]
+    return columns + [(name, name, 0, schema[name]) for name in ("chosen", "sampled") if schema[name]]
 
 
 def shard_schema(schema: dict[str, Any]) -> pa.Schema:
@@ -324,7 +391,7 @@ def shard_schema(schema: dict[str, Any]) -> pa.Schema:
         ("token_ids", list_of(pa.uint32()), False),
         ("loss_mask", list_of(pa.uint8()), True),
         *((name, list_of(pa.float32()), True) for name in LOGPROBS),
-        *((f"topk_{start}_{end}", pa.binary(), False) for start, end in band_ranges(schema)),
+        *((name, pa.binary(), False) for name, *_ in packed_columns(schema)),
     ]
     return pa.schema([pa.field(name, kind, nullable=nulls) for name, kind, nulls in columns])
 
@@ -390,9 +457,9 @@ def read_file(path: Path, n_bytes: int) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        refuse(f"{path.name} cannot be read: {error}")
-    require(len(data) == n_bytes, f"{path.name} has {len(data)} bytes, expected {n_bytes}")
-    require(hashlib.sha256(data).hexdigest() == path.stem, f"{path.name} has another digest")
+        refuse(f"{path.name} cannot be read: {error}", INTEGRITY)
+    require(len(data) == n_bytes, f"{path.name} has {len(data)} bytes, expected {n_bytes}", INTEGRITY)
+    require(hashlib.sha256(data).hexdigest() == path.stem, f"{path.name} has another digest", INTEGRITY)
     return data
 
 
@@ -411,10 +478,10 @@ def read_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> list[dic
 
     data = read_file(path, entry["n_bytes"])
     for offset, length, checksum, _ in regions:
-        require(
-            crc32c(data[offset : offset + length]) == checksum, f"region at {offset} has another checksum"
-        )
+        found = crc32c(data[offset : offset + length])
+        require(found == checksum, f"region at {offset} has another checksum", INTEGRITY)
 
+    require(data[:8] == b"ARROW1\0\0", "an Arrow file starts with its magic")
     batches = read_arrow(data, schema)
     require(len(batches) == len(regions) - 2, "record batches and regions differ")
     rows = []
@@ -440,30 +507,219 @@ def check_null_lists(column: pa.ListArray) -> None:
         require(valid or offsets[i] == offsets[i + 1], "a null list with items")
 
 
-# --- format.md, section 6, and encodings.md ---
+# --- encodings.md, sections 2 and 5: streams and id tables ---
+
+NO_ID = 0xFFFFFFFF
+MAX_WINDOW = 8388608
+
+
+def open_frame(frame: bytes, n_bytes: int) -> bytes:
+    """Section 2, rule 4: what one zstd frame holds."""
+    require(n_bytes > 0, "a frame of nothing")
+    try:
+        found = zstandard.get_frame_parameters(frame)
+        require(frame[:4] == b"\x28\xb5\x2f\xfd", "not a zstd frame, or one to be skipped")
+        require(found.content_size == n_bytes, "a frame declares another size, or none")
+        require(found.dict_id == 0 and not frame[4] & 3, "a frame needs a dictionary")
+        require(not found.has_checksum, "a frame with a checksum")
+        require(found.window_size <= MAX_WINDOW, "a frame needs a larger window")
+        data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        refuse(f"a frame does not open: {error}")
+    return data
+
+
+class Streams:
+    """Section 2: takes streams out of a body, in order."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body, self.position = body, 0
+
+    def take(self, n_bytes: int) -> bytes:
+        end = self.position + n_bytes
+        require(end <= len(self.body), "a stream passes the end of its body")
+        part = self.body[self.position : end]
+        self.position = end
+        return part
+
+    def ints(self, count: int, limit: int) -> list[int]:
+        n_planes = self.take(1)[0]
+        require(n_planes <= 4, "more than 4 planes")
+        values = [0] * count
+        for number in range(n_planes):
+            size = int.from_bytes(self.take(4), "little")
+            plane = self.take(size & 0x7FFFFFFF)
+            if size >> 31:
+                plane = open_frame(plane, count)
+            require(len(plane) == count, "length of a plane")
+            values = [value | byte << 8 * number for value, byte in zip(values, plane, strict=True)]
+        require(max(values, default=0) <= limit, f"a value above {limit}")
+        return values
+
+    def finish(self) -> None:
+        require(self.position == len(self.body), "bytes after the last stream")
+
+
+class IdTable:
+    """Section 5."""
+
+    def __init__(self, data: bytes, vocab_size: int) -> None:
+        self.digest = hashlib.sha256(data).digest()
+        require(len(data) >= 16, "an id table without header")
+        magic, size, n_lists = struct.unpack_from("<8sII", data)
+        require(magic == b"OPDIDS1\0", "not an id table")
+        require(size == vocab_size, "an id table of another vocabulary")
+        require(n_lists <= 4096, "too many lists")
+        require(n_lists == 0 or size >= 255, "lists longer than the vocabulary")
+        streams = Streams(data[16:])
+        self.by_rank = streams.ints(size, size - 1)
+        require(len(set(self.by_rank)) == size, "the frequency order names an id twice")
+        ranks = streams.ints(255 * n_lists, size - 1)
+        streams.finish()
+        self.lists = [[self.by_rank[r] for r in ranks[255 * i : 255 * i + 255]] for i in range(n_lists)]
+        require(all(len(set(ids)) == 255 for ids in self.lists), "a list names an id twice")
+
+
+# --- format.md, section 6, and encodings.md, sections 1, 3 and 4: pages ---
+
+ENCODINGS = {
+    "plain": (0, 0),
+    "f32": (1, 0),
+    "ladder16": (2, 0),
+    "ladder/128": (2, 128),
+    "ladder/64": (2, 64),
+    "ladder/32": (2, 32),
+}
+Page = tuple[list[list[int]], list[list[float]], list[float], list[list[int]] | None]
 
 
 def read_page(
-    page: bytes, name: bytes, rank_start: int, rank_end: int, n_positions: int
-) -> tuple[list[int], list[float], list[float]]:
-    """Ids and log-probs, position by position, and one tail a position."""
+    page: bytes,
+    rollout_hash: bytes,
+    *,
+    kind: int,
+    rank_start: int,
+    rank_end: int,
+    n_positions: int,
+    encoding: str,
+    table: IdTable | None = None,
+) -> Page:
+    """Ids, log-probs, tails and draws (None without), one entry a position. Shorter rows stay short."""
     require(24 <= len(page) <= MAX_PAGE_BYTES, "length of a page")
     fields = struct.unpack_from("<BBHHHIIII", page)
-    encoding, flags, start, end, reserved, positions, body_bytes, parameter, checksum = fields
-    require(crc32c(page[24:], crc32c(name + page[:20])) == checksum, "a page has another checksum")
-    require(encoding == 0, f"page encoding {encoding}")
-    require(flags == reserved == parameter == 0, "a reserved field of a page is not zero")
+    code, flags, start, end, reserved, positions, body_bytes, parameter, checksum = fields
+    ragged, uses_table = flags & 1, flags >> 1 & 1
+    require(not uses_table or table is not None, "a page needs an id table, and there is none")
+    owner = rollout_hash + (table.digest if table is not None and uses_table else b"")
+    require(crc32c(page[24:], crc32c(owner + page[:20])) == checksum, "checksum of a page", INTEGRITY)
+    require((code, parameter) == ENCODINGS[encoding], f"page encoding {code}, parameter {parameter}")
+    require(flags & 0b1100 == reserved == 0, "a reserved field of a page is not zero")
+    require(flags >> 4 == kind, "a page of another support")
     require((start, end) == (rank_start, rank_end), "a page of other ranks")
     require(positions == n_positions, "a page of other positions")
     size = 24 + body_bytes
     require(len(page) == size + (-size) % 8, "length of a page")
     require(not any(page[size:]), "padding is not zero")
-    k = end - start
-    require(body_bytes == 8 * positions * k + 4 * positions, "length of a plain body")
-    ids = struct.unpack_from(f"<{positions * k}I", page, 24)
-    logprobs = struct.unpack_from(f"<{positions * k}f", page, 24 + 4 * positions * k)
-    tails = struct.unpack_from(f"<{positions}f", page, 24 + 8 * positions * k)
-    return list(ids), list(logprobs), list(tails)
+    body, k = page[24:size], end - start
+    if encoding == "plain":
+        require(not ragged and not uses_table, "flags of a plain page")
+        return read_plain(body, positions, k, has_draws=kind == SAMPLED)
+
+    require((12 * k + 4) * positions <= MAX_DECODED_BYTES, "a page is too large once decoded")
+    streams = Streams(body)
+    lengths = streams.ints(positions, k) if ragged else [k] * positions
+    if encoding == "f32":
+        logprobs, tails = read_f32(streams, lengths)
+    else:
+        logprobs, tails = read_ladder(streams, lengths, start, k, parameter)
+    ids = read_ids(streams, lengths, table if uses_table else None)
+    draws = rows_of(streams.ints(sum(lengths), 0xFFFFFFFF), lengths) if kind == SAMPLED else None
+    streams.finish()
+    return rows_of(ids, lengths), logprobs, tails, draws
+
+
+def rows_of(flat: list[Any], lengths: list[int]) -> list[list[Any]]:
+    items = iter(flat)
+    return [[next(items) for _ in range(length)] for length in lengths]
+
+
+def read_plain(body: bytes, positions: int, k: int, *, has_draws: bool) -> Page:
+    n = positions * k
+    require(len(body) == (12 if has_draws else 8) * n + 4 * positions, "length of a plain body")
+    ids = struct.unpack_from(f"<{n}I", body)
+    logprobs = struct.unpack_from(f"<{n}f", body, 4 * n)
+    tails = struct.unpack_from(f"<{positions}f", body, 8 * n)
+    drawn = struct.unpack_from(f"<{n}I", body, 8 * n + 4 * positions) if has_draws else (0,) * n
+    rows: Page = ([], [], list(tails), [])
+    for t in range(positions):
+        at = range(t * k, (t + 1) * k)
+        length = sum(ids[i] != NO_ID for i in at)
+        for i in at[length:]:
+            require(ids[i] == NO_ID, "an id after padding")
+            require(logprobs[i] == -math.inf and drawn[i] == 0, "a value at padding")
+        rows[0].append([ids[i] for i in at[:length]])
+        rows[1].append([logprobs[i] for i in at[:length]])
+        if rows[3] is not None:
+            rows[3].append([drawn[i] for i in at[:length]])
+    return rows if has_draws else (*rows[:3], None)
+
+
+def read_f32(streams: Streams, lengths: list[int]) -> tuple[list[list[float]], list[float]]:
+    def values(count: int) -> list[float]:
+        words = [word ^ 0x80000000 for word in streams.ints(count, 0xFFFFFFFF)]
+        return list(struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *words)))
+
+    tails = values(len(lengths))
+    return rows_of(values(sum(lengths)), lengths), tails
+
+
+def read_ladder(
+    streams: Streams, lengths: list[int], rank_start: int, k: int, parameter: int
+) -> tuple[list[list[float]], list[float]]:
+    largest = 0xFFFFFF if parameter else 0x7BFF
+
+    def value(units: int) -> float:
+        # From zero, so that no units are 0.0 and not -0.0.
+        return 0.0 - (units / parameter if parameter else struct.unpack("<e", struct.pack("<H", units))[0])
+
+    tails = [value(stored - 1) if stored else -math.inf for stored in streams.ints(len(lengths), largest + 1)]
+    heads = iter(streams.ints(sum(length > 0 for length in lengths), largest))
+    units = [[next(heads)] if length else [] for length in lengths]
+    first = rank_start + 1
+    while first < rank_start + k:
+        last = next(cut for cut in (8 << i for i in range(20)) if cut > first)
+        last = min(last, rank_start + k)
+        inside = [range(max(0, min(last, rank_start + length) - first)) for length in lengths]
+        steps = streams.ints(sum(map(len, inside)), 255)
+        more = iter(streams.ints(steps.count(255), largest - 255))
+        step = iter(one + (next(more) if one == 255 else 0) for one in steps)
+        for row, ranks in zip(units, inside, strict=True):
+            for _ in ranks:
+                row.append(row[-1] + next(step))
+        first = last
+    require(all(row[-1] <= largest for row in units if row), "a log-prob below the lowest")
+    return [[value(n) for n in row] for row in units], tails
+
+
+def read_ids(streams: Streams, lengths: list[int], table: IdTable | None) -> list[int]:
+    n = sum(lengths)
+    (mode,) = streams.ints(1, 2)
+    if mode == 0:
+        return streams.ints(n, NO_ID - 1)
+    if table is None:
+        refuse("ids need an id table that the page does not use")
+    last = len(table.by_rank) - 1
+    if mode == 1:
+        return [table.by_rank[rank] for rank in streams.ints(n, last)]
+    require(bool(table.lists), "ids need lists, and the id table has none")
+    lists = streams.ints(len(lengths), len(table.lists) - 1)
+    codes = streams.ints(n, 255)
+    escaped = iter(streams.ints(codes.count(255), last))
+    owners = [number for number, length in zip(lists, lengths, strict=True) for _ in range(length)]
+    return [
+        table.by_rank[next(escaped)] if code == 255 else table.lists[number][code]
+        for number, code in zip(owners, codes, strict=True)
+    ]
 
 
 # --- columns.md, sections 3 and 4 ---
@@ -475,8 +731,8 @@ def check_logprobs(values: list[float], name: str, *, may_be_nothing: bool = Fal
         require(finite and value <= 0, f"{name} holds {value}")
 
 
-def check_row(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
-    """The row with top-k in place of its pages: flat lists, position by position, all ranks of a position."""
+def check_row(row: dict[str, Any], manifest: dict[str, Any], table: IdTable | None) -> dict[str, Any]:
+    """The row with ids and log-probs in place of its pages: flat lists, position by position, padded."""
     meta, schema = manifest["meta"], manifest["schema"]
     tokens, prompt_len = row["token_ids"], row["prompt_len"]
     require(len(tokens) <= MAX_ROLLOUT_TOKENS, "a rollout is too long")
@@ -497,34 +753,74 @@ def check_row(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     require(reward is None or math.isfinite(reward), "reward")
     for value in row.values():
         require(not isinstance(value, str) or len(value.encode()) <= MAX_TEXT_BYTES, "a text is too long")
-    if not schema["topk"]:
-        return row
 
-    ids: list[list[int]] = [[] for _ in range(n_positions)]
-    logprobs: list[list[float]] = [[] for _ in range(n_positions)]
-    tails: dict[int, list[float]] = {}
-    for start, end in band_ranges(schema):
-        page = row.pop(f"topk_{start}_{end}")
-        page_ids, page_logprobs, tails[end] = read_page(page, row["rollout_hash"], start, end, n_positions)
-        check_logprobs(tails[end], "a tail", may_be_nothing=True)
-        for t in range(n_positions):
-            ids[t] += page_ids[t * (end - start) : (t + 1) * (end - start)]
-            logprobs[t] += page_logprobs[t * (end - start) : (t + 1) * (end - start)]
-    for t in range(n_positions):
-        check_logprobs(logprobs[t], "top-k")
-        require(len(set(ids[t])) == len(ids[t]), "an id occurs twice")
-        require(max(ids[t]) < meta["vocab_size"], "an id outside the vocabulary")
-        for j in range(1, schema["topk"]):
-            falls = logprobs[t][j] < logprobs[t][j - 1]
-            ties = logprobs[t][j] == logprobs[t][j - 1] and ids[t][j] > ids[t][j - 1]
-            require(falls or ties, "top-k is not in order")
-        total = math.fsum(map(math.exp, [*logprobs[t], tails[schema["topk"]][t]]))
-        require(total <= 1 + PROBABILITY_TOLERANCE, f"probabilities sum to {total}")
-    row["topk_ids"] = [item for position in ids for item in position]
-    row["topk_logprob"] = [item for position in logprobs for item in position]
-    row["log_tail"] = tails[schema["topk"]]
-    row["band_tails"] = tails
+    pages: dict[str, list[tuple[int, Page]]] = {}
+    for name, support, start, end in packed_columns(schema):
+        page = read_page(
+            row.pop(name),
+            row["rollout_hash"],
+            kind=KINDS[support],
+            rank_start=start,
+            rank_end=end,
+            n_positions=n_positions,
+            encoding=schema["encoding"],
+            table=table,
+        )
+        pages.setdefault(support, []).append((end, page))
+    for support, bands in pages.items():
+        check_support(row, support, bands, schema, meta["vocab_size"])
     return row
+
+
+def tolerance(encoding: str) -> float:
+    """Section 4, rule 5."""
+    code, parameter = ENCODINGS[encoding]
+    if code < 2:
+        return PROBABILITY_TOLERANCE
+    return PROBABILITY_TOLERANCE + math.expm1(0.5 / parameter if parameter else 1 / 256)
+
+
+def check_support(
+    row: dict[str, Any], support: str, bands: list[tuple[int, Page]], schema: dict[str, Any], vocab_size: int
+) -> None:
+    """Section 4, over all bands of a support; puts the values into the row."""
+    width = schema[support]
+    all_ids: list[int] = []
+    all_logprobs: list[float] = []
+    all_draws: list[int] = []
+    for t, tail in enumerate(bands[-1][1][2]):
+        ids, logprobs, draws = [], [], []
+        start = 0
+        for end, (page_ids, page_logprobs, page_tails, page_draws) in bands:
+            check_logprobs([page_tails[t]], "a tail", may_be_nothing=True)
+            require(len(ids) == start or not page_ids[t], "an id after padding")
+            ids += page_ids[t]
+            logprobs += page_logprobs[t]
+            draws += page_draws[t] if page_draws is not None else []
+            start = end
+        if support == "topk":
+            require(len(ids) == width or schema["cut"] is not None, "fewer ranks than K")
+            require(len(ids) >= 1, "no rank")
+        check_logprobs(logprobs, support)
+        require(len(set(ids)) == len(ids), "an id occurs twice")
+        require(max(ids, default=0) < vocab_size, "an id outside the vocabulary")
+        for j in range(1, len(ids)):
+            falls = logprobs[j] < logprobs[j - 1]
+            ties = logprobs[j] == logprobs[j - 1] and ids[j] > ids[j - 1]
+            require(falls or ties, f"{support} is not in order")
+        total = math.fsum(map(math.exp, [*logprobs, tail]))
+        require(total <= 1 + tolerance(schema["encoding"]), f"probabilities sum to {total}")
+        require(all(draws), "an id that was not drawn")
+        missing = width - len(ids)
+        all_ids += ids + [NO_ID] * missing
+        all_logprobs += logprobs + [-math.inf] * missing
+        all_draws += draws + [0] * missing if support == "sampled" else []
+    tail_name = "log_tail" if support == "topk" else f"{support}_log_tail"
+    row |= {f"{support}_ids": all_ids, f"{support}_logprob": all_logprobs, tail_name: bands[-1][1][2]}
+    if support == "sampled":
+        row["sampled_draws"] = all_draws
+    if support == "topk":
+        row["band_tails"] = {end: page[2] for end, page in bands}
 
 
 def first_ranks(row: dict[str, Any], topk: int, ranks: int) -> tuple[list[int], list[float], list[float]]:
@@ -550,7 +846,8 @@ def read_cache(path: Path, pin: str | None = None) -> dict[str, Any]:
 
     Returns:
         version, digest, parent, topk, manifest, and rows: one dictionary a rollout, with the names of the
-        columns, `topk_ids`, `topk_logprob`, `log_tail`; absent values are None.
+        columns, `topk_ids`, `topk_logprob`, `log_tail`, and the same of `chosen` and `sampled`; absent
+        values are None.
 
     Raises:
         RefusedError: a rule is broken.
@@ -563,26 +860,35 @@ def read_cache(path: Path, pin: str | None = None) -> dict[str, Any]:
         data = (folder / f"{number:08d}.json").read_bytes()
         manifests[number] = (data, "sha256:" + hashlib.sha256(data).hexdigest())
     matching = [number for number in numbers if pin in (None, manifests[number][1])]
-    require(bool(matching), "no version here, or none with that digest")
+    require(bool(matching), "no version here, or none with that digest", NOT_FOUND)
     version = matching[-1]
     data, digest = manifests[version]
     manifest = parse_manifest(data)
     check_manifest(manifest, version)
 
-    parent = manifest["parent"]
+    newer = manifest
     for number in range(version - 1, 0, -1):
-        require(number in manifests, f"version {number} is missing")
-        require(manifests[number][1] == parent, f"version {number} is not the parent of the next")
+        require(number in manifests, f"version {number} is missing", INTEGRITY)
+        same = manifests[number][1] == newer["parent"]
+        require(same, f"version {number} is not the parent of the next", INTEGRITY)
         older = parse_manifest(manifests[number][0])
         check_manifest(older, number)
-        same = older["meta"] == manifest["meta"] and older["schema"] == manifest["schema"]
+        same = older["meta"] == newer["meta"] and older["schema"] == newer["schema"]
         require(same, f"version {number} has another meta or schema")
-        parent = older["parent"]
+        require(older["id_table"] in (None, newer["id_table"]), f"version {number} has another id table")
+        numbers_of = [tuple(map(int, m["format_version"].split("."))) for m in (older, newer)]
+        require(numbers_of[0] <= numbers_of[1], f"version {number} has a later format")
+        newer = older
 
+    table = None
+    if manifest["id_table"] is not None:
+        entry = manifest["id_table"]
+        data = read_file(path / f"tables/{entry['sha256']}.ids", entry["n_bytes"])
+        table = IdTable(data, manifest["meta"]["vocab_size"])
     schema = shard_schema(manifest["schema"])
     rows: list[dict[str, Any]] = []
     for segment in manifest["segments"]:
-        rows += read_segment(path, segment, schema, manifest)
+        rows += read_segment(path, segment, schema, manifest, table)
     return {
         "version": version,
         "digest": digest,
@@ -594,7 +900,7 @@ def read_cache(path: Path, pin: str | None = None) -> dict[str, Any]:
 
 
 def read_segment(
-    path: Path, segment: dict[str, Any], schema: pa.Schema, manifest: dict[str, Any]
+    path: Path, segment: dict[str, Any], schema: pa.Schema, manifest: dict[str, Any], table: IdTable | None
 ) -> list[dict[str, Any]]:
     tables = []
     for name, table_schema in (("shards", SHARD_TABLE), ("rollouts", ROLLOUT_TABLE)):
@@ -603,15 +909,16 @@ def read_segment(
         require(len(batches) == 1, "an index file has one record batch")
         tables.append(batches[0].to_pylist())
     shards, listed = tables
-    require(len(shards) == segment["n_shards"], "n_shards of a segment")
+    require(len(shards) == segment["n_shards"], "n_shards of a segment", INTEGRITY)
     for name in ("rows", "tokens", "response_tokens", "n_bytes"):
-        require(sum(shard[name] for shard in shards) == segment[name], f"{name} of a segment")
+        total = sum(shard[name] for shard in shards)
+        require(total == segment[name], f"{name} of a segment", INTEGRITY)
 
     places = []
     rows = []
     for number, shard in enumerate(shards):
         raw = read_shard(path / f"shards/{shard['sha256'].hex()}.arrow", shard, schema)
-        checked = [check_row(row, manifest) for row in raw]
+        checked = [check_row(row, manifest, table) for row in raw]
         tokens = sum(len(row["token_ids"]) for row in checked)
         prompts = sum(row["prompt_len"] for row in checked)
         require(tokens == shard["tokens"], "tokens of a shard")

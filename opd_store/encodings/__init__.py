@@ -1,59 +1,274 @@
-"""Page encodings. A new one is one module and one entry in each table."""
+"""Page encodings: rows of ids and log-probs to sealed pages and back.
+
+`plain` is mapped as it is. The others are streams of byte planes: counts of short rows, log-probs and tails
+(`f32`, `ladder`), ids (`ids`), draws.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from types import ModuleType
 
-from opd_store.encodings import plain
-from opd_store.encodings.page import Band, Bytes, check_page_crc, open_page, seal_page
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_store import layout
+from opd_store.encodings import f32, ladder, plain
+from opd_store.encodings.f32 import FloatStreams
+from opd_store.encodings.ids import IdStreams, assemble_ids, parse_ids, write_ids
+from opd_store.encodings.idtable import IdTable, build_id_table
+from opd_store.encodings.ladder import LadderStreams
+from opd_store.encodings.page import Band, Bytes, PageShape, check_page_crc, open_page, seal_page
+from opd_store.encodings.planes import StreamReader, StreamWriter
 from opd_store.errors import FormatError, InvalidArgumentError
 
-__all__ = ["Band", "check_encoding", "check_page_crc", "decode_page", "encode_pages", "merge_bands"]
+__all__ = [
+    "ENCODINGS",
+    "Band",
+    "EncodedPages",
+    "FloatStreams",
+    "IdTable",
+    "LadderStreams",
+    "PageShape",
+    "PageStreams",
+    "Unencodable",
+    "build_id_table",
+    "check_encoding",
+    "check_page_crc",
+    "decode_page",
+    "encode_pages",
+    "fold_tail",
+    "merge_bands",
+    "parse_page",
+    "value_tolerance",
+]
 
-_CODECS = (plain,)
-_BY_NAME = {codec.NAME: codec for codec in _CODECS}
-_BY_CODE = {codec.CODE: codec for codec in _CODECS}
+_CODECS: dict[str, ModuleType] = {name: codec for codec in (plain, f32, ladder) for name in codec.NAMES}
+ENCODINGS = tuple(_CODECS)
+"""Names that this release reads and writes."""
+
+
+class Unencodable(Exception):
+    """A value that an encoding cannot hold within its error bound: (position, expected, found)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPages:
+    """The pages of one rollout, and how far their values are from those given."""
+
+    pages: list[bytes]
+    max_error: float
+    """Nats, over log-probs and tails, found by decoding the pages."""
 
 
 def check_encoding(name: str) -> None:
     """Raise InvalidArgumentError unless this release reads and writes the encoding."""
-    if name not in _BY_NAME:
-        raise InvalidArgumentError(f"encoding: this release knows {', '.join(_BY_NAME)}; found {name!r:.100}")
+    if name not in _CODECS:
+        raise InvalidArgumentError(
+            f"encoding: this release knows {', '.join(ENCODINGS)}; found {name!r:.100}"
+        )
 
 
-def encode_pages(topk: Band, *, encoding: str, bands: tuple[int, ...], rollout_hash: bytes) -> list[bytes]:
+def value_tolerance(encoding: str) -> float:
+    """How far the decoded probabilities of one position may exceed 1 in sum.
+
+    `plain` and `f32` keep what float32 allows; the others may add their largest error to every log-prob.
+    """
+    codec, parameter = _CODECS[encoding], _CODECS[encoding].NAMES[encoding]
+    if codec is not ladder:
+        return layout.PROBABILITY_TOLERANCE
+    # A float16 log-prob of a likely token is off by less than 2^-11 of itself; unlikely ones do not add up.
+    worst = 0.5 / parameter if parameter else 2.0**-8
+    return float(np.expm1(worst)) + layout.PROBABILITY_TOLERANCE
+
+
+def encode_pages(
+    support: Band,
+    *,
+    encoding: str,
+    kind: int = layout.KIND_TOPK,
+    bands: tuple[int, ...],
+    rollout_hash: bytes,
+    id_table: IdTable | None = None,
+) -> EncodedPages:
     """One sealed page per rank band of a rollout.
 
     Each page carries the tail outside its own last rank, so that a reader of few ranks has a true tail.
+    Values that become equal are put in order of their ids. Every page is decoded again and compared.
 
     Args:
-        topk: all K ranks and the tail beyond them.
-        bands: rank band ends, the last one K.
+        support: all ranks and the tail beyond them, padded where rows are shorter.
+        kind: which support this is.
+        bands: rank band ends, the last one the number of ranks.
+        id_table: what ids may refer to; `plain` does not.
+
+    Raises:
+        Unencodable: a value further from what would be decoded than the encoding allows.
     """
-    codec = _BY_NAME[encoding]
+    codec = _CODECS[encoding]
+    parameter = codec.NAMES[encoding]
+    if codec is not plain:
+        support = _in_decoded_order(support, codec.quantise(support.logprob, parameter))
     pages = []
-    start = 0
+    start, max_error = 0, 0.0
     for end in bands:
-        band = Band(topk.ids[:, start:end], topk.logprob[:, start:end], fold_tail(topk, end))
-        shape = {"rank_start": start, "rank_end": end, "n_positions": len(topk.log_tail)}
-        pages.append(seal_page(codec.encode(band), encoding=codec.CODE, rollout_hash=rollout_hash, **shape))
+        part = slice(start, end)
+        draws = None if support.draws is None else support.draws[:, part]
+        band = Band(support.ids[:, part], support.logprob[:, part], fold_tail(support, end), draws)
+        shape = PageShape(kind, start, end, len(support.log_tail))
+        flags, body = 0, b""
+        if codec is plain:
+            body = plain.encode(band)
+        else:
+            flags, body = _encode_streams(band, shape, codec, parameter, id_table)
+        owner = rollout_hash
+        if id_table is not None and flags & layout.PAGE_USES_TABLE:
+            owner += id_table.digest
+        page = seal_page(body, shape, encoding=codec.CODE, parameter=parameter, flags=flags, owner=owner)
+        if codec is not plain:
+            decoded = decode_page(
+                np.frombuffer(page, np.uint8), shape, encoding=encoding, id_table=id_table, where="page"
+            )
+            max_error = max(max_error, _largest_error(band, decoded, codec, parameter, encoding))
+        pages.append(page)
         start = end
-    return pages
+    return EncodedPages(pages, max_error)
 
 
-def decode_page(page: Bytes, *, rank_start: int, rank_end: int, n_positions: int, where: str) -> Band:
+@dataclass(frozen=True, slots=True)
+class PageStreams:
+    """A packed page, decompressed and proven but not put together: about 2 bytes an entry instead of 8.
+
+    What is left is arithmetic and gathers, which a GPU does faster: `opd_train.pages`.
+    """
+
+    scale: int
+    """Units a nat of `ladder/s`; 0 for the other encodings."""
+    shape: PageShape
+    counts: NDArray[np.intp] | None
+    """[P] ranks of each row, None where all have all."""
+    logprobs: FloatStreams | LadderStreams
+    ids: IdStreams
+    draws: NDArray[np.uint32] | None
+    """[n] draws of all entries."""
+    id_table: IdTable | None
+
+
+def decode_page(
+    page: Bytes, shape: PageShape, *, encoding: str, id_table: IdTable | None = None, where: str
+) -> Band:
     """Decode one page whose bytes are already trusted; `plain` without a copy.
 
     Raises:
         FormatError: the page breaks the specification.
     """
-    encoding, body = open_page(
-        page, rank_start=rank_start, rank_end=rank_end, n_positions=n_positions, where=where
+    if encoding == "plain":
+        flags, body = open_page(page, shape, encoding=plain.CODE, parameter=0, where=where)
+        if flags:
+            raise FormatError(f"{where}: a plain page with flags {flags}")
+        has_draws = shape.kind == layout.KIND_SAMPLED
+        return plain.decode(body, shape.n_positions, shape.n_ranks, has_draws=has_draws, where=where)
+    parsed = parse_page(page, shape, encoding=encoding, id_table=id_table, where=where)
+    codec = _CODECS[encoding]
+    present = None if parsed.counts is None else np.arange(shape.n_ranks) < parsed.counts[:, None]
+    logprob, log_tail = codec.assemble(parsed.logprobs, present, shape, parameter=codec.NAMES[encoding])
+    ids = _padded(
+        assemble_ids(parsed.ids, parsed.counts, shape, parsed.id_table), present, shape, layout.NO_ID
     )
-    if encoding not in _BY_CODE:
-        raise FormatError(f"{where}: page encoding {encoding}, which this release does not know")
-    band: Band = _BY_CODE[encoding].decode(body, n_positions, rank_end - rank_start, where=where)
-    return band
+    draws = None if parsed.draws is None else _padded(parsed.draws, present, shape, 0)
+    return Band(ids, logprob, log_tail, draws)
+
+
+def parse_page(
+    page: Bytes, shape: PageShape, *, encoding: str, id_table: IdTable | None = None, where: str
+) -> PageStreams:
+    """Decompress a page of any encoding but `plain`, and prove every limit. Errors as for `decode_page`."""
+    codec = _CODECS[encoding]
+    parameter = codec.NAMES[encoding]
+    flags, body = open_page(page, shape, encoding=codec.CODE, parameter=parameter, where=where)
+    decoded_bytes = (12 * shape.n_ranks + 4) * shape.n_positions
+    if decoded_bytes > layout.MAX_DECODED_BYTES:
+        raise FormatError(
+            f"{where}: {decoded_bytes} bytes once decoded, the limit is {layout.MAX_DECODED_BYTES}"
+        )
+    streams = StreamReader(body, where=where)
+    counts = None
+    if flags & layout.PAGE_RAGGED:
+        counts = streams.ints(shape.n_positions, limit=shape.n_ranks, what="row lengths").astype(np.intp)
+    table = id_table if flags & layout.PAGE_USES_TABLE else None
+    logprobs = codec.parse(streams, counts, shape, parameter=parameter)
+    ids = parse_ids(streams, counts, shape, table)
+    draws = None
+    if shape.kind == layout.KIND_SAMPLED:
+        n_entries = len(ids.values)
+        draws = streams.ints(n_entries, limit=0xFFFFFFFF, what="draws").astype(np.uint32, copy=False)
+    streams.finish()
+    return PageStreams(parameter, shape, counts, logprobs, ids, draws, table)
+
+
+def _encode_streams(
+    band: Band, shape: PageShape, codec: ModuleType, parameter: int, id_table: IdTable | None
+) -> tuple[int, bytes]:
+    streams = StreamWriter()
+    is_id = band.ids != layout.NO_ID
+    present = None if is_id.all() else is_id
+    flags = 0
+    if present is not None:
+        flags |= layout.PAGE_RAGGED
+        streams.ints(present.sum(axis=1))
+    codec.write_logprobs(
+        streams, band.logprob, band.log_tail, present, rank_start=shape.rank_start, parameter=parameter
+    )
+    write_ids(streams, band.ids, present, id_table)
+    if id_table is not None:
+        flags |= layout.PAGE_USES_TABLE
+    if band.draws is not None:
+        streams.ints(band.draws if present is None else band.draws[present])
+    return flags, streams.body()
+
+
+def _in_decoded_order(support: Band, decoded: NDArray[np.float32]) -> Band:
+    """The same rows by falling decoded log-prob, ties by rising id."""
+    magnitude = np.abs(decoded).view(np.uint32).astype(np.int64)
+    order = np.argsort(magnitude << 32 | support.ids, axis=1, kind="stable")
+    draws = support.draws
+    return Band(
+        np.take_along_axis(support.ids, order, axis=1),
+        np.take_along_axis(support.logprob, order, axis=1),
+        support.log_tail,
+        None if draws is None else np.take_along_axis(draws, order, axis=1),
+    )
+
+
+def _largest_error(band: Band, decoded: Band, codec: ModuleType, parameter: int, encoding: str) -> float:
+    """Compare a page with what it was made of; raise Unencodable where it is further off than declared."""
+    assert np.array_equal(band.ids, decoded.ids), f"{encoding} changed an id"
+    if band.draws is not None and decoded.draws is not None:
+        assert np.array_equal(band.draws, decoded.draws), f"{encoding} changed a number of draws"
+    largest = 0.0
+    pairs = ((band.logprob, decoded.logprob), (band.log_tail[:, None], decoded.log_tail[:, None]))
+    for given, found in pairs:
+        finite = np.isfinite(given)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(given.astype(np.float64) - found)
+        wrong = np.where(finite, error > codec.error_bound(given, parameter), given != found).any(axis=1)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            worst = float(given[at].min(where=finite[at], initial=0.0))
+            raise Unencodable(at, f"log-probs that {encoding} can hold", f"{worst:g}; f32 holds any")
+        largest = max(largest, float(error.max(where=finite, initial=0.0)))
+    return largest
+
+
+def _padded(
+    values: NDArray[np.uint32], present: NDArray[np.bool_] | None, shape: PageShape, padding: int
+) -> NDArray[np.uint32]:
+    size = (shape.n_positions, shape.n_ranks)
+    if present is None:
+        return values.reshape(size)
+    padded = np.full(size, padding, np.uint32)
+    padded[present] = values
+    return padded
 
 
 def merge_bands(bands: list[Band], ranks: int) -> Band:

@@ -23,11 +23,13 @@ class Band:
     """Decoded ranks of one page. P = positions, k = rank_end - rank_start."""
 
     ids: NDArray[np.uint32]
-    """[P, k] token ids."""
+    """[P, k] token ids; NO_ID where a row ends earlier."""
     logprob: NDArray[np.float32]
-    """[P, k] nats, falling along a row."""
+    """[P, k] nats, falling along a row; -inf where a row ends earlier."""
     log_tail: NDArray[np.float32]
     """[P] nats, the teacher's probability outside ranks [0, rank_end)."""
+    draws: NDArray[np.uint32] | None = None
+    """[P, k] how often each id was drawn, 0 where a row ends earlier; None for columns without draws."""
 
 
 def page_size(body_bytes: int) -> int:
@@ -36,28 +38,50 @@ def page_size(body_bytes: int) -> int:
     return unpadded + -unpadded % layout.PAGE_ALIGNMENT
 
 
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """What a row says its page is, and its header has to repeat."""
+
+    kind: int
+    """Which support the page holds: layout.KIND_TOPK, KIND_CHOSEN or KIND_SAMPLED."""
+    rank_start: int
+    rank_end: int
+    n_positions: int
+
+    @property
+    def n_ranks(self) -> int:
+        """k."""
+        return self.rank_end - self.rank_start
+
+
 def seal_page(
-    body: bytes, *, encoding: int, rank_start: int, rank_end: int, n_positions: int, rollout_hash: bytes
+    body: bytes, shape: PageShape, *, encoding: int, parameter: int, flags: int, owner: bytes
 ) -> bytes:
-    """Put the envelope around an encoded body."""
-    fields = (encoding, 0, rank_start, rank_end, 0, n_positions, len(body), 0)
+    """Put the envelope around an encoded body.
+
+    Args:
+        owner: what the page belongs to: its rollout's hash, followed by the digest of the id table if its
+            ids refer to one.
+    """
+    flags |= shape.kind << layout.PAGE_KIND_SHIFT
+    fields = (encoding, flags, shape.rank_start, shape.rank_end, 0, shape.n_positions, len(body), parameter)
     header = layout.PAGE_HEADER.pack(*fields, 0)[: layout.PAGE_CRC_OFFSET]
     padded = body + bytes(page_size(len(body)) - layout.PAGE_HEADER.size - len(body))
-    checksum = crc32c(padded, crc32c(rollout_hash + header))
+    checksum = crc32c(padded, crc32c(owner + header))
     return header + checksum.to_bytes(4, "little") + padded
 
 
 def open_page(
-    page: Bytes, *, rank_start: int, rank_end: int, n_positions: int, where: str
+    page: Bytes, shape: PageShape, *, encoding: int, parameter: int, where: str
 ) -> tuple[int, Bytes]:
-    """Check the envelope against what the row says it holds.
+    """Check the envelope against what the row and the manifest say it holds.
 
     Args:
         page: all bytes of the page, uint8.
         where: names file, row and column in errors.
 
     Returns:
-        The encoding code, and a view of the body.
+        The flags without the kind, and a view of the body.
 
     Raises:
         FormatError: impossible or unexpected header fields, or padding that is not zero.
@@ -68,35 +92,47 @@ def open_page(
         )
     if len(page) > layout.MAX_PAGE_BYTES:
         raise FormatError(f"{where}: page of {len(page)} bytes, the limit is {layout.MAX_PAGE_BYTES}")
-    encoding, flags, start, end, reserved, positions, body_bytes, parameter, _ = (
+    found_encoding, flags, start, end, reserved, positions, body_bytes, found_parameter, _ = (
         layout.PAGE_HEADER.unpack_from(page)
     )
-    if flags or reserved or parameter:
+    if (found_encoding, found_parameter) != (encoding, parameter):
         raise FormatError(
-            f"{where}: reserved page header fields are not zero: {flags}, {reserved}, {parameter}"
+            f"{where}: page encoding {found_encoding} with parameter {found_parameter}, "
+            f"the manifest declares {encoding} with {parameter}"
         )
-    if (start, end, positions) != (rank_start, rank_end, n_positions):
+    kind, flags = flags >> layout.PAGE_KIND_SHIFT, flags & (1 << layout.PAGE_KIND_SHIFT) - 1
+    if reserved or flags & ~layout.PAGE_FLAGS:
+        raise FormatError(f"{where}: reserved page header fields are not zero: {flags}, {reserved}")
+    if PageShape(kind, start, end, positions) != shape:
         raise FormatError(
-            f"{where}: page of ranks [{start}, {end}) at {positions} positions, "
-            f"expected [{rank_start}, {rank_end}) at {n_positions}"
+            f"{where}: page of kind {kind}, ranks [{start}, {end}) at {positions} positions, expected kind "
+            f"{shape.kind}, [{shape.rank_start}, {shape.rank_end}) at {shape.n_positions}"
         )
     if page_size(body_bytes) != len(page):
         raise FormatError(f"{where}: page of {len(page)} bytes, but its header gives {page_size(body_bytes)}")
     body_end = layout.PAGE_HEADER.size + body_bytes
     if page[body_end:].any():
         raise FormatError(f"{where}: padding after the page body is not zero")
-    return encoding, page[layout.PAGE_HEADER.size : body_end]
+    return flags, page[layout.PAGE_HEADER.size : body_end]
 
 
-def check_page_crc(page: Bytes, rollout_hash: bytes, *, where: str) -> None:
+def check_page_crc(page: Bytes, rollout_hash: bytes, table_digest: bytes | None, *, where: str) -> None:
     """Compare a page with its own checksum.
 
     Raises:
-        IntegrityError: changed bytes, or another rollout's page.
+        IntegrityError: changed bytes, another rollout's page, or another id table.
+        FormatError: a page that refers to an id table where there is none.
     """
     start = layout.PAGE_CRC_OFFSET
+    if len(page) < layout.PAGE_HEADER.size:
+        raise FormatError(f"{where}: page of {len(page)} bytes, shorter than its header")
+    owner = rollout_hash
+    if page[1] & layout.PAGE_USES_TABLE:
+        if table_digest is None:
+            raise FormatError(f"{where}: the page refers to an id table, and the cache has none")
+        owner += table_digest
     stored = int.from_bytes(page[start : start + 4].tobytes(), "little")
-    found = crc32c(page[start + 4 :], crc32c(rollout_hash + page[:start].tobytes()))
+    found = crc32c(page[start + 4 :], crc32c(owner + page[:start].tobytes()))
     if stored != found:
         raise IntegrityError(
             f"{where}: page checksum is crc32c {found:#010x}, expected {stored:#010x}. "

@@ -1,0 +1,161 @@
+"""Decode top-k pages on a device: compact streams cross the bus, gathers and a running sum do the rest.
+
+The same bits come out as from `opd_store` on the CPU. Everything that could go wrong was proven when the page
+was parsed, so that no index can leave its table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opd_store import NO_ID, Cache, FloatStreams, IdTable, InvalidArgumentError, LadderStreams, PageStreams
+
+# Axes: P = response positions of one rollout, k = ranks of a page, n = entries of a page without padding.
+_SIGN = np.uint32(1 << 31)
+_ESCAPE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The top-k of one rollout on a device."""
+
+    ids: Tensor
+    """[P, K] int64; 0xFFFFFFFF where a row ends earlier."""
+    logprob: Tensor
+    """[P, K] float32, nats; -inf where a row ends earlier."""
+    log_tail: Tensor
+    """[P] float32, nats, the teacher's probability outside the K ranks."""
+
+
+class PageDecoder:
+    """Decodes the packed pages of one cache. Holds its id table on the device."""
+
+    def __init__(self, cache: Cache, device: str | torch.device = "cpu") -> None:
+        """Copy the id table to the device.
+
+        Raises:
+            InvalidArgumentError: the cache has no packed top-k; `plain` pages are copied as they are.
+        """
+        if not cache.topk or cache.encoding == "plain":
+            raise InvalidArgumentError(
+                f"{cache.uri}: top-{cache.topk} in {cache.encoding} has nothing to decode"
+            )
+        self._cache, self._device = cache, torch.device(device)
+        self._table: tuple[Tensor, Tensor] | None = None
+        if cache.id_table is not None:
+            self._table = self._upload_table(cache.id_table)
+
+    def _upload_table(self, table: IdTable) -> tuple[Tensor, Tensor]:
+        return self._upload(table.by_rank).long(), self._upload(table.padded_lists).long()
+
+    def topk(self, row: int, ranks: int | None = None) -> TopK:
+        """The first `ranks` ranks of one rollout; None means all.
+
+        Raises:
+            InvalidArgumentError: `ranks` is not the end of a band, where the tail would have to be summed.
+            IntegrityError, FormatError: the shard is damaged.
+        """
+        wanted = self._cache.topk if ranks is None else ranks
+        if wanted not in self._cache.schema.bands:
+            ends = ", ".join(map(str, self._cache.schema.bands))
+            raise InvalidArgumentError(f"ranks: expected the end of a band ({ends}), found {wanted}")
+        bands = [self.decode(page) for page in self._cache.page_streams(row, ranks=wanted)]
+        if len(bands) == 1:
+            return bands[0]
+        ids, logprob = torch.cat([b.ids for b in bands], 1), torch.cat([b.logprob for b in bands], 1)
+        return TopK(ids, logprob, bands[-1].log_tail)
+
+    def decode(self, page: PageStreams) -> TopK:
+        """One page of this cache."""
+        present = None
+        if page.counts is not None:
+            columns = torch.arange(page.shape.n_ranks, device=self._device)
+            present = columns < self._upload(page.counts).long()[:, None]
+        if isinstance(page.logprobs, LadderStreams):
+            logprob, log_tail = self._ladder(page, page.logprobs, present)
+        else:
+            logprob, log_tail = self._floats(page, page.logprobs, present)
+        return TopK(self._ids(page, present), logprob, log_tail)
+
+    def _floats(
+        self, page: PageStreams, parsed: FloatStreams, present: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        values, log_tail = (
+            self._upload((words.astype(np.uint32) ^ _SIGN).view(np.int32)).view(torch.float32)
+            for words in (parsed.logprob, parsed.log_tail)
+        )
+        return _padded(values, present, page, -torch.inf), log_tail
+
+    def _ladder(
+        self, page: PageStreams, parsed: LadderStreams, present: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        shape = page.shape
+        units_Pk = torch.zeros(shape.n_positions, shape.n_ranks, dtype=torch.int32, device=self._device)
+        heads = self._upload(parsed.heads).int()
+        if present is None:
+            units_Pk[:, 0] = heads
+        else:
+            units_Pk[present[:, 0], 0] = heads
+        for steps in parsed.steps:
+            columns = slice(steps.start - shape.rank_start, steps.end - shape.rank_start)
+            values = self._upload(steps.small)
+            if len(steps.more):
+                escaped = values == _ESCAPE
+                values = values.int()
+                values[escaped] += self._upload(steps.more).int()
+            if present is None:
+                units_Pk[:, columns] = values.view(shape.n_positions, -1).int()
+            else:
+                units_Pk[:, columns][present[:, columns]] = values.int()
+        logprob = _from_units(units_Pk.cumsum(1, dtype=torch.int32), page.scale)
+        if present is not None:
+            logprob[~present] = -torch.inf
+        tail = self._upload(parsed.log_tail).int()
+        log_tail = _from_units(tail.clamp(min=1) - 1, page.scale)
+        log_tail[tail == 0] = -torch.inf
+        return logprob, log_tail
+
+    def _ids(self, page: PageStreams, present: Tensor | None) -> Tensor:
+        parsed = page.ids
+        values = self._upload(parsed.values).long()
+        if page.id_table is not None and self._table is not None and parsed.mode:
+            by_rank, lists = self._table
+            if parsed.lists is None or parsed.escaped is None:
+                values = by_rank[values]
+            else:
+                base = self._upload(parsed.lists).long() * (_ESCAPE + 1)
+                if page.counts is None:
+                    base = base.repeat_interleave(page.shape.n_ranks)
+                else:
+                    base = base.repeat_interleave(self._upload(page.counts).long())
+                escaped = values == _ESCAPE
+                values = lists[base + values]
+                values[escaped] = by_rank[self._upload(parsed.escaped).long()]
+        return _padded(values, present, page, NO_ID)
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+            # Nothing here reaches 2^31 but ids, and those not 2^32.
+            array = array.astype(np.int32 if array.dtype.itemsize == 2 else np.int64)
+        return torch.from_numpy(np.array(array, copy=True)).to(self._device)
+
+
+def _from_units(units: Tensor, scale: int) -> Tensor:
+    if scale:
+        return 0.0 - units.float() * (1.0 / scale)
+    return 0.0 - units.to(torch.int16).view(torch.float16).float()
+
+
+def _padded(values: Tensor, present: Tensor | None, page: PageStreams, padding: float) -> Tensor:
+    size = (page.shape.n_positions, page.shape.n_ranks)
+    if present is None:
+        return values.view(size)
+    padded = torch.full(size, padding, dtype=values.dtype, device=values.device)
+    padded[present] = values
+    return padded
