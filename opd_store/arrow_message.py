@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from opd_store.errors import FormatError
-
 _CONTINUATION = 0xFFFFFFFF
 _PREFIX = struct.Struct("<Ii")
 _END = b"ARROW1"
@@ -79,15 +77,14 @@ def _read(data: bytes, kind: str, at: int) -> int:
     return value
 
 
-def check_record_batch(message: pa.Buffer, *, where: str) -> None:
+def check_record_batch(message: pa.Buffer) -> None:
     """Refuse what Arrow should not be given: anything but one whole uncompressed record batch.
 
     Args:
         message: the encapsulated message: continuation mark, metadata length, metadata, body.
-        where: names file and record batch in errors.
 
     Raises:
-        FormatError: compressed, of variable buffers, of another type, or of other lengths than it says.
+        ValueError: compressed, of variable buffers, of another type, or of other lengths than it says.
     """
 
     def check() -> None:
@@ -98,27 +95,27 @@ def check_record_batch(message: pa.Buffer, *, where: str) -> None:
         root = _Table.root(message.slice(_PREFIX.size, n_metadata).to_pybytes())
         found_type = root.scalar(_MESSAGE_TYPE, "<B")
         if found_type != _RECORD_BATCH:
-            raise FormatError(f"{where}: an Arrow message of type {found_type}, expected a record batch")
+            raise ValueError(f"an Arrow message of type {found_type}, expected a record batch")
         body_bytes = root.scalar(_MESSAGE_BODY_LENGTH, "<q")
         if body_bytes != message.size - body_start:
-            raise FormatError(
-                f"{where}: a record batch with {body_bytes} bytes of body, expected {message.size - body_start}"
+            raise ValueError(
+                f"a record batch with {body_bytes} bytes of body, expected {message.size - body_start}"
             )
         batch = root.table(_MESSAGE_HEADER)
         if _BATCH_COMPRESSION in batch or _BATCH_VARIADIC in batch:
-            raise FormatError(f"{where}: a compressed record batch, or one with variable buffers")
+            raise ValueError("a compressed record batch, or one with variable buffers")
         for offset, length in batch.structs(_BATCH_BUFFERS, _BUFFER):
             if not 0 <= offset <= offset + length <= body_bytes or length < 0:
-                raise FormatError(f"{where}: a buffer of {length} bytes at {offset} of {body_bytes}")
+                raise ValueError(f"a buffer of {length} bytes at {offset} of {body_bytes}")
 
-    _explained(check, where)
+    _explained(check)
 
 
-def record_batches(file: pa.Buffer, *, where: str) -> list[tuple[int, int]]:
+def record_batches(file: pa.Buffer) -> list[tuple[int, int]]:
     """(offset, length) of the record batches that the footer of an Arrow file names; nothing is read there.
 
     Raises:
-        FormatError: no footer, one that names dictionaries, or blocks outside the file.
+        ValueError: no footer, one that names dictionaries, or blocks outside the file.
     """
     found: list[tuple[int, int]] = []
 
@@ -131,18 +128,18 @@ def record_batches(file: pa.Buffer, *, where: str) -> list[tuple[int, int]]:
             raise struct.error(f"a footer of {n_footer} bytes before {magic!r}")
         footer = _Table.root(file.slice(end - n_footer, n_footer).to_pybytes())
         if footer.structs(_FOOTER_DICTIONARIES, _BLOCK):
-            raise FormatError(f"{where}: an Arrow file with dictionaries")
+            raise ValueError("an Arrow file with dictionaries")
         for offset, n_metadata, n_body in footer.structs(_FOOTER_BATCHES, _BLOCK):
             if min(offset, n_metadata, n_body) < 0 or offset + n_metadata + n_body > end - n_footer:
-                raise FormatError(f"{where}: a record batch at {offset} of {n_metadata} and {n_body} bytes")
+                raise ValueError(f"a record batch at {offset} of {n_metadata} and {n_body} bytes")
             found.append((offset, n_metadata + n_body))
 
-    _explained(check, where)
+    _explained(check)
     return found
 
 
-def _explained(check: Callable[[], None], where: str) -> None:
+def _explained(check: Callable[[], None]) -> None:
     try:
         check()
     except struct.error as error:
-        raise FormatError(f"{where}: Arrow metadata does not parse: {error}") from error
+        raise ValueError(f"Arrow metadata does not parse: {error}") from error

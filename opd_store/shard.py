@@ -209,8 +209,8 @@ class ShardReader:
             view = self._buffer.slice(region.offset, region.length)
             return pa.ipc.read_record_batch(view, self._schema)
         view = self._checked(region)
-        check_record_batch(view, where=f"{self.uri}, record batch {number}")
         try:
+            check_record_batch(view)
             batch = pa.ipc.read_record_batch(view, self._schema)
             batch.validate(full=True)
             require_no_nulls(batch)

@@ -106,7 +106,7 @@ def peaked_topk(
 ) -> Band:
     """Top-k as language models give it: most positions nearly certain, some flat; few ids make up most rows.
 
-    Shapes as for `random_topk`. Log-probs reach far below those of `random_topk`, so their differences do too.
+    Shapes as for `random_topk`. Log-probs reach far below those, so their differences do too.
     """
     sharpness = 10 ** rng.uniform(-1, 1.5, (positions, 1))
     gaps = rng.exponential(size=(positions, topk)) * sharpness / np.arange(1, topk + 1)

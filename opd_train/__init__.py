@@ -11,6 +11,7 @@ from opd_train.live import LiveSource
 from opd_train.losses import sampled_token_loss, topk_forward_kl, topk_reverse_kl
 from opd_train.models import CausalLM, load_causal_lm, weights_digest
 from opd_train.objectives import Objective
+from opd_train.pages import PageDecoder, TopK
 from opd_train.pipeline import roll_out, score_cache
 from opd_train.prompts import read_prompts, read_rollouts
 from opd_train.sampling import Prompt, sample_rollouts
@@ -27,9 +28,11 @@ __all__ = [
     "Estimate",
     "LiveSource",
     "Objective",
+    "PageDecoder",
     "Prompt",
     "Stopwatch",
     "TeacherBatch",
+    "TopK",
     "Trainer",
     "accuracy",
     "cache_divergence",

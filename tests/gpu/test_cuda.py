@@ -9,11 +9,12 @@ from train.tiny_models import VOCAB, save_tiny
 
 import opd_store
 from opd_store import CacheMeta
-from opd_store.testing import random_rollout
+from opd_store.testing import example_meta, random_rollout
 from opd_train import (
     CacheStream,
     DistillConfig,
     Objective,
+    PageDecoder,
     Trainer,
     load_causal_lm,
     score_cache,
@@ -57,3 +58,24 @@ def test_training_in_bfloat16_lowers_the_loss(model_dir, tmp_path):
     config = DistillConfig(objective=Objective.FORWARD_KL, steps=20, lr=1e-3, autocast=True)
     Trainer(student, stream, config, on_step=lambda _, metrics: losses.append(metrics["loss"])).run()
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("encoding", ["f32", "ladder16", "ladder/128", "ladder/64", "ladder/32"])
+@pytest.mark.parametrize("cut", [None, opd_store.Cut("mass", 0.7)])
+def test_pages_decode_to_the_same_bits(tmp_path, encoding, cut):
+    rollouts = [
+        random_rollout(np.random.default_rng(n), response_len=40 * n + 1, topk=20, sample_id=str(n))
+        for n in range(5)
+    ]
+    table = opd_store.build_id_table([r.topk_ids for r in rollouts[:3]], vocab_size=1000, n_lists=4)
+    with opd_store.create(
+        tmp_path / "cache", meta=example_meta(), topk=20, encoding=encoding, cut=cut, id_table=table
+    ) as writer:
+        writer.append_batch(rollouts)
+    cache = opd_store.open(tmp_path / "cache")
+    decoder = PageDecoder(cache, "cuda")
+    for row, rollout in enumerate(cache):
+        found = decoder.topk(row)
+        assert np.array_equal(found.ids.cpu().numpy(), rollout.topk_ids.astype(np.int64))
+        assert found.logprob.cpu().numpy().tobytes() == rollout.topk_logprob.tobytes()
+        assert found.log_tail.cpu().numpy().tobytes() == rollout.log_tail.tobytes()

@@ -29,6 +29,11 @@ ARRAYS = {
     "topk_logprob": np.float32,
     "log_tail": np.float32,
 }
+SUPPORTS = {
+    f"{kind}_{name}": dtype
+    for kind in ("chosen", "sampled")
+    for name, dtype in (("ids", np.uint32), ("logprob", np.float32), ("log_tail", np.float32))
+} | {"sampled_draws": np.uint32}
 SCALARS = ("prompt_len", "sample_id", "finish_reason", "policy_version", "teacher", "reward", "label")
 
 
@@ -56,7 +61,7 @@ def add(path: Path, rollouts: Iterable[Rollout], **options: Any) -> opd_store.Ve
 
 def assert_same(found: Rollout, expected: Rollout) -> None:
     """Every field has the same presence, dtype, shape and bytes."""
-    for name, dtype in ARRAYS.items():
+    for name, dtype in (ARRAYS | SUPPORTS).items():
         left, right = getattr(found, name), getattr(expected, name)
         assert (left is None) == (right is None), name
         if left is not None:

@@ -91,7 +91,7 @@ def test_a_folded_tail_never_exceeds_one(tmp_path):
 def test_more_ranks_than_tokens(tmp_path, vocab_size):
     meta = example_meta(vocab_size)
     if vocab_size < 4:
-        with pytest.raises(opd_store.InvalidArgumentError, match="topk: 4 ranks of a vocabulary of 3"):
+        with pytest.raises(opd_store.InvalidArgumentError, match="4 ids of a vocabulary of 3"):
             opd_store.create(tmp_path / "cache", meta=meta, topk=4)
     else:
         opd_store.create(tmp_path / "cache", meta=meta, topk=4).close()

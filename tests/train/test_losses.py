@@ -204,3 +204,23 @@ def test_an_equal_policy_has_zero_sampled_token_loss():
     loss.sum().backward()
     assert (loss == 0).all()
     assert (logprob.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", KLS)
+def test_rows_with_fewer_ranks_are_as_if_cut(name):
+    student_logits, teacher, ids = problem(5, 37, 8)
+    buckets = merged(teacher, ids[:, :5]).to(torch.float32)
+    expected_logits = student_logits.clone().requires_grad_()
+    short = torch.log_softmax(expected_logits, dim=-1).gather(-1, ids[:, :5])
+    expected = KLS[name](short, buckets[:, :5].double(), buckets[:, 5].double())
+    expected.sum().backward()
+    logits = student_logits.clone().requires_grad_()
+    # Padding is gathered at id 0, which is real and may even be the most likely.
+    padded_ids = torch.where(torch.arange(8) < 5, ids, 0)
+    padded = torch.log_softmax(logits, dim=-1).gather(-1, padded_ids)
+    teacher_NK = torch.full((5, 8), -torch.inf, dtype=torch.float64)
+    teacher_NK[:, :5] = buckets[:, :5]
+    found = KLS[name](padded, teacher_NK, buckets[:, 5].double())
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits.grad, expected_logits.grad, rtol=1e-12, atol=1e-12)
