@@ -27,28 +27,23 @@ from numpy.typing import NDArray
 from peers import PARQUET, Peer, peers
 from windows import Windows
 
+from opd_store import IdTable
+
 FEW_RANKS = 8
 ALL_RANKS = 64
 
 
-def encode_ours(data: Windows, *, encoding: str, bands: tuple[int, ...]) -> list[list[bytes]]:
+def encode_ours(data: Windows, variant: ours.Variant) -> list[list[bytes]]:
     """Pages of every rollout."""
     log_tail = data.log_tail.astype(np.float32)
     return [
-        ours.encode(
-            data.ids[number],
-            data.logprob[number],
-            log_tail[number],
-            encoding=encoding,
-            bands=bands,
-            context=data.token_ids[number, :-1],
-        )
+        ours.encode(data.ids[number], data.logprob[number], log_tail[number], variant)
         for number in range(len(data.ids))
     ]
 
 
 def decode_ours(
-    data: Windows, rollouts: list[list[bytes]], *, bands: tuple[int, ...], ranks: int
+    data: Windows, rollouts: list[list[bytes]], variant: ours.Variant, *, ranks: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
     """The first ranks of every rollout, in one batch."""
     length = data.ids.shape[1]
@@ -56,15 +51,14 @@ def decode_ours(
     logprob = np.empty((data.n_positions, ranks), np.float32)
     log_tail = np.empty(data.n_positions, np.float32)
     for number, pages in enumerate(rollouts):
-        context = data.token_ids[number, :-1]
         rows = slice(number * length, (number + 1) * length)
         ids[rows], logprob[rows], log_tail[rows] = ours.decode(
-            pages, bands=bands, n_positions=length, ranks=ranks, context=context
+            pages, variant, n_positions=length, ranks=ranks
         )
     return ids, logprob, log_tail
 
 
-def speeds(data: Windows, repeats: int) -> list[tuple[str, ...]]:
+def speeds(data: Windows, table: IdTable, repeats: int) -> list[tuple[str, ...]]:
     """Rows of name, bytes, encode ratio, decode ratio; the baseline's row gives positions per CPU-second."""
     topk = data.ids.shape[-1]
     rows = data.rows()
@@ -88,14 +82,12 @@ def speeds(data: Windows, repeats: int) -> list[tuple[str, ...]]:
         encoded = peer.encode(*rows)
         encode = None if peer.searches else functools.partial(peer.encode, *rows)
         found.append(row(peer.name, len(encoded), encode, functools.partial(peer.decode, encoded)))
-    for encoding in ours.encodings():
-        for bands in dict.fromkeys([(topk,), ours.bands_of(topk)]):
-            encode_all = functools.partial(encode_ours, data, encoding=encoding, bands=bands)
-            rollouts = encode_all()
-            decode = functools.partial(decode_ours, data, rollouts, bands=bands, ranks=topk)
-            n_bytes = sum(len(page) for pages in rollouts for page in pages)
-            name = f"ours: {encoding}" + (", in bands" if len(bands) > 1 else "")
-            found.append(row(name, n_bytes, encode_all, decode))
+    for variant in ours.variants(topk, table):
+        encode_all = functools.partial(encode_ours, data, variant)
+        rollouts = encode_all()
+        decode = functools.partial(decode_ours, data, rollouts, variant, ranks=topk)
+        n_bytes = sum(len(page) for pages in rollouts for page in pages)
+        found.append(row(variant.name, n_bytes, encode_all, decode))
     rates = [
         data.n_positions / statistics.median(machine.cpu_seconds(work) for _ in range(repeats)) / 1e6
         for work in (base_encode, base_decode)
@@ -105,7 +97,7 @@ def speeds(data: Windows, repeats: int) -> list[tuple[str, ...]]:
     return found
 
 
-def few_ranks(data: Windows, repeats: int) -> list[tuple[str, ...]]:
+def few_ranks(data: Windows, table: IdTable, repeats: int) -> list[tuple[str, ...]]:
     """Rows of name, bytes and time of few ranks relative to all, and time relative to all of Parquet."""
     rows = data.rows()
     layouts = peers(data.vocab_size, sequence=data.ids.shape[1])
@@ -129,15 +121,16 @@ def few_ranks(data: Windows, repeats: int) -> list[tuple[str, ...]]:
             found.append(
                 row(peer.name, few_bytes, len(encoded), read, functools.partial(peer.decode, encoded))
             )
-    for encoding in ours.encodings():
-        bands = ours.bands_of(ALL_RANKS)
-        rollouts = encode_ours(data, encoding=encoding, bands=bands)
+    for variant in ours.variants(ALL_RANKS, table):
+        if len(variant.bands) == 1:
+            continue
+        rollouts = encode_ours(data, variant)
         few_pages = [pages[:1] for pages in rollouts]
-        few = functools.partial(decode_ours, data, few_pages, bands=bands, ranks=FEW_RANKS)
-        everything = functools.partial(decode_ours, data, rollouts, bands=bands, ranks=ALL_RANKS)
+        few = functools.partial(decode_ours, data, few_pages, variant, ranks=FEW_RANKS)
+        everything = functools.partial(decode_ours, data, rollouts, variant, ranks=ALL_RANKS)
         few_bytes = sum(len(pages[0]) for pages in rollouts)
         all_bytes = sum(len(page) for pages in rollouts for page in pages)
-        found.append(row(f"ours: {encoding}, in bands", few_bytes, all_bytes, few, everything))
+        found.append(row(variant.name, few_bytes, all_bytes, few, everything))
     return found
 
 
@@ -151,14 +144,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     print(machine.header(packages=(*machine.PACKAGES, "safetensors")))
     data = windows.load(args.data_dir, positions=args.positions)
+    table = ours.id_table(args.data_dir)
     about = f"{data.label}; vocabulary {data.vocab_size:,}; {data.n_positions:,} positions"
     for topk in map(int, args.topk.split(",")):
         print(f"\n{about}; K = {topk}; positions per CPU-second relative to {PARQUET}\n")
-        found = speeds(windows.keep_ranks(data, topk), args.repeats)
+        found = speeds(windows.keep_ranks(data, topk), table, args.repeats)
         print(machine.table(("layout", "B/position", "encode", "decode"), found), flush=True)
     print(f"\n{about}; the first {FEW_RANKS} of {ALL_RANKS} ranks relative to all, and to all of {PARQUET}\n")
     columns = ("layout", "B/position read", "bytes", "time", f"time / {PARQUET}")
-    print(machine.table(columns, few_ranks(windows.keep_ranks(data, ALL_RANKS), args.repeats)))
+    print(machine.table(columns, few_ranks(windows.keep_ranks(data, ALL_RANKS), table, args.repeats)))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,111 @@
 """This project's page encodings behind the calls that the benchmark programs use.
 
-A rollout here is one window. Sizes are those of whole pages with their headers and checksums; `decode` checks
-the checksum of every page it reads, as the cache does.
+A rollout here is one window. Sizes are those of whole pages with their headers and checksums, without the id
+table, which is counted apart; `decode` checks the checksum of every page it reads, as the cache does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
+import windows
 from numpy.typing import NDArray
 
+from opd_store import ENCODINGS, IdTable, build_id_table, layout
 from opd_store import encodings as pages_of
 
-DEFAULT_BANDS = (8, 16, 32, 64, 128)
-"""Where writers split ranks unless told otherwise."""
 ROLLOUT_HASH = bytes(32)
+TABLE_RANKS = 64
+WITH_TABLE = ("f32", "ladder16", "ladder/128", "ladder/64")
 
 
-def encodings() -> list[str]:
-    """Names to measure."""
-    return ["plain"]
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to store a rollout's top-k."""
+
+    encoding: str
+    bands: tuple[int, ...]
+    table: IdTable | None = None
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        words = [f"ours: {self.encoding}"]
+        if self.table is not None:
+            words.append("id table" if len(self.table.lists) else "frequency order")
+        return ", ".join(words + (["in bands"] if len(self.bands) > 1 else []))
 
 
-def bands_of(topk: int) -> tuple[int, ...]:
-    """The default bands of a cache of `topk` ranks."""
-    return (*(end for end in DEFAULT_BANDS if end < topk), topk)
+def variants(topk: int, table: IdTable) -> Iterator[Variant]:
+    """Every encoding as one page a rollout and in the default bands, without and with an id table."""
+    shapes = list(dict.fromkeys([(topk,), layout.band_ends(topk)]))
+    for bands in shapes:
+        for encoding in ENCODINGS:
+            yield Variant(encoding, bands)
+    yield Variant("ladder/128", (topk,), IdTable(table.by_rank, table.lists[:0]))
+    for bands in shapes:
+        for encoding in WITH_TABLE:
+            yield Variant(encoding, bands, table)
+
+
+def id_table(data_dir: Path, *, positions: int | None = None) -> IdTable:
+    """The id table learnt from the training windows, kept beside them for the next call."""
+    path = data_dir / f"table-{positions or 'all'}.ids"
+    if path.exists():
+        return IdTable.from_bytes(np.fromfile(path, np.uint8), where=str(path))
+    train = windows.keep_ranks(windows.load(data_dir, part="train", positions=positions), TABLE_RANKS)
+    table = build_id_table(list(train.ids), vocab_size=train.vocab_size)
+    path.write_bytes(table.to_bytes())
+    return table
+
+
+def remap_table(table: IdTable, new_ids: NDArray[np.uint32], vocab_size: int) -> IdTable:
+    """The same table for tokens that have other ids; ids that no token has come last."""
+    by_rank = new_ids[table.by_rank]
+    unused = np.setdiff1d(np.arange(vocab_size, dtype=np.uint32), by_rank)
+    return IdTable(np.concatenate([by_rank, unused]), new_ids[table.lists])
 
 
 def encode(
-    ids: NDArray[np.uint32],
-    logprob: NDArray[np.float32],
-    log_tail: NDArray[np.float32],
-    *,
-    encoding: str,
-    bands: tuple[int, ...],
-    context: NDArray[np.uint32] | None = None,
+    ids: NDArray[np.uint32], logprob: NDArray[np.float32], log_tail: NDArray[np.float32], variant: Variant
 ) -> list[bytes]:
     """Pages of one rollout, one a band.
 
     Args:
         ids, logprob: [P, K].
         log_tail: [P].
-        context: [P] the token before each position, for id tables keyed by it.
     """
-    del context
-    topk = pages_of.Band(ids, logprob, log_tail)
-    return pages_of.encode_pages(topk, encoding=encoding, bands=bands, rollout_hash=ROLLOUT_HASH)
+    return pages_of.encode_pages(
+        pages_of.Band(ids, logprob, log_tail),
+        encoding=variant.encoding,
+        bands=variant.bands,
+        rollout_hash=ROLLOUT_HASH,
+        id_table=variant.table,
+    ).pages
 
 
 def decode(
-    pages: list[bytes],
-    *,
-    bands: tuple[int, ...],
-    n_positions: int,
-    ranks: int | None = None,
-    context: NDArray[np.uint32] | None = None,
+    pages: list[bytes], variant: Variant, *, n_positions: int, ranks: int | None = None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
     """The first `ranks` ranks, or all, reading no page beyond them."""
-    del context
-    ranks = bands[-1] if ranks is None else ranks
+    ranks = variant.bands[-1] if ranks is None else ranks
+    digest = None if variant.table is None else variant.table.digest
     found = []
     start = 0
-    for page, end in zip(pages, bands, strict=False):
+    for page, end in zip(pages, variant.bands, strict=False):
         if start >= ranks:
             break
         buffer = np.frombuffer(page, np.uint8)
-        pages_of.check_page_crc(buffer, ROLLOUT_HASH, where="bench")
-        shape = {"rank_start": start, "rank_end": end, "n_positions": n_positions}
-        found.append(pages_of.decode_page(buffer, **shape, where="bench"))
+        pages_of.check_page_crc(buffer, ROLLOUT_HASH, digest, where="bench")
+        shape = pages_of.PageShape(layout.KIND_TOPK, start, end, n_positions)
+        found.append(
+            pages_of.decode_page(
+                buffer, shape, encoding=variant.encoding, id_table=variant.table, where="bench"
+            )
+        )
         start = end
     band = pages_of.merge_bands(found, ranks)
     return band.ids.view(np.int32), band.logprob, band.log_tail

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from peers import peers
 from windows import Windows
 
+from opd_store import IdTable
+
 COLUMNS = ("layout", "B/position", "bits/entry", "max error", "KL, stored tail", "KL, 1 - sum", "largest KL")
 EXACT_KL = 1e-10
 """Where plots draw a KL of (almost) zero. float32 log-probs have 1e-10."""
@@ -71,7 +73,17 @@ def measured(
     """Compare decoded rows with the teacher's."""
     teacher_ids, teacher, _ = data.rows()
     if not np.array_equal(ids, teacher_ids.view(np.int32)):
-        raise ValueError(f"{name}: decoded ids differ from the encoded ones")
+        # Log-probs that became equal are ordered by id, so put each back beside its own.
+        there, here = np.argsort(teacher_ids, axis=1), np.argsort(ids, axis=1)
+        same = np.array_equal(
+            np.take_along_axis(ids, here, axis=1),
+            np.take_along_axis(teacher_ids, there, axis=1).view(np.int32),
+        )
+        if not same:
+            raise ValueError(f"{name}: decoded ids differ from the encoded ones")
+        moved = np.empty_like(logprob)
+        np.put_along_axis(moved, there, np.take_along_axis(logprob, here, axis=1), axis=1)
+        logprob = moved
     teacher_tail = data.log_tail.reshape(-1)
     rebuilt = quality.kl(teacher, teacher_tail, logprob)
     stored = None if log_tail is None else quality.kl(teacher, teacher_tail, logprob, log_tail)
@@ -86,23 +98,18 @@ def measured(
     )
 
 
-def measure_ours(data: Windows) -> Iterator[Measured]:
-    """Every encoding of ours, as one page a rollout and in the default rank bands."""
-    topk = data.ids.shape[-1]
-    for encoding in ours.encodings():
-        for bands in dict.fromkeys([(topk,), ours.bands_of(topk)]):
-            n_bytes = 0
-            parts = []
-            for number in range(len(data.ids)):
-                log_tail = data.log_tail[number].astype(np.float32)
-                context = data.token_ids[number, :-1]
-                rows = (data.ids[number], data.logprob[number], log_tail)
-                pages = ours.encode(*rows, encoding=encoding, bands=bands, context=context)
-                n_bytes += sum(len(page) for page in pages)
-                parts.append(ours.decode(pages, bands=bands, n_positions=len(log_tail), context=context))
-            ids, logprob, tails = (np.concatenate(some) for some in zip(*parts, strict=True))
-            name = f"ours: {encoding}" + (", in bands" if len(bands) > 1 else "")
-            yield measured(name, data, n_bytes, ids, logprob, tails, is_ours=True)
+def measure_ours(data: Windows, table: IdTable) -> Iterator[Measured]:
+    """Every variant of ours; the table is learnt from other windows, and its own bytes are not counted."""
+    for variant in ours.variants(data.ids.shape[-1], table):
+        n_bytes = 0
+        parts = []
+        for number in range(len(data.ids)):
+            log_tail = data.log_tail[number].astype(np.float32)
+            pages = ours.encode(data.ids[number], data.logprob[number], log_tail, variant)
+            n_bytes += sum(len(page) for page in pages)
+            parts.append(ours.decode(pages, variant, n_positions=len(log_tail)))
+        ids, logprob, tails = (np.concatenate(some) for some in zip(*parts, strict=True))
+        yield measured(variant.name, data, n_bytes, ids, logprob, tails, is_ours=True)
 
 
 def measure_peers(data: Windows) -> Iterator[Measured]:
@@ -114,24 +121,28 @@ def measure_peers(data: Windows) -> Iterator[Measured]:
             yield measured(peer.name, data, len(encoded), *peer.decode(encoded), is_ours=False)
 
 
-def variants(data_dir: Path, positions: int | None, *, seed: int) -> Iterator[Windows]:
-    """Other logits, and other ids for the same log-probs."""
-    yield windows.load(data_dir, prefix="bf16_", positions=positions)
+def variants(
+    data_dir: Path, positions: int | None, table: IdTable, *, seed: int
+) -> Iterator[tuple[Windows, IdTable]]:
+    """Other logits, and other ids for the same log-probs, with the id table that fits."""
+    yield windows.load(data_dir, prefix="bf16_", positions=positions), table
     base = windows.load(data_dir, positions=positions)
     qwen, share = vocabularies.qwen_ids(data_dir, seed=seed)
     label = f"SmolLM2 log-probs, ids of Qwen's vocabulary ({share:.1%} of tokens by equal bytes)"
-    yield windows.remap_ids(base, qwen, vocab_size=vocabularies.QWEN_VOCAB_SIZE, label=label)
+    size = vocabularies.QWEN_VOCAB_SIZE
+    moved = windows.remap_ids(base, qwen, vocab_size=size, label=label)
+    yield moved, ours.remap_table(table, qwen, size)
     random_ids = vocabularies.synthetic_ids(base.vocab_size, seed=seed)
     size = vocabularies.SYNTHETIC_VOCAB_SIZE
-    yield windows.remap_ids(
-        base, random_ids, vocab_size=size, label=f"synthetic: SmolLM2 log-probs, random ids below {size:,}"
-    )
+    label = f"synthetic: SmolLM2 log-probs, random ids below {size:,}"
+    moved = windows.remap_ids(base, random_ids, vocab_size=size, label=label)
+    yield moved, ours.remap_table(table, random_ids, size)
 
 
-def report(data: Windows, topk: int) -> list[Measured]:
+def report(data: Windows, topk: int, table: IdTable) -> list[Measured]:
     """Measure, print one table, return its rows."""
     cut = windows.keep_ranks(data, topk)
-    found = [*measure_peers(cut), *measure_ours(cut)]
+    found = [*measure_peers(cut), *measure_ours(cut, table)]
     print(f"\n{data.label}; vocabulary {data.vocab_size:,}; K = {topk}; {data.n_positions:,} positions\n")
     print(machine.table(COLUMNS, [one.row(topk) for one in found]), flush=True)
     return found
@@ -194,12 +205,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     print(machine.header(seed=args.seed, packages=(*machine.PACKAGES, "safetensors")))
     data = windows.load(args.data_dir, positions=args.positions)
-    results = {topk: report(data, topk) for topk in map(int, args.topk.split(","))}
+    table = ours.id_table(args.data_dir)
+    print(f"Id table: {len(table.lists):,} lists, {len(table.to_bytes()):,} bytes, learnt from other windows")
+    results = {topk: report(data, topk, table) for topk in map(int, args.topk.split(","))}
     variants_at = [int(topk) for topk in args.variants_at.split(",") if topk]
     if variants_at:
-        for other in variants(args.data_dir, args.positions, seed=args.seed):
+        for other, fitting in variants(args.data_dir, args.positions, table, seed=args.seed):
             for topk in variants_at:
-                report(other, topk)
+                report(other, topk, fitting)
     notes = [f"- {peer.name}: {peer.note}" for peer in peers(data.vocab_size)]
     print("\nPeers:\n" + "\n".join(notes))
     if args.out:

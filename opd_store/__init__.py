@@ -8,6 +8,7 @@ from opd_store.encodings import (
     FloatStreams,
     IdTable,
     LadderStreams,
+    PageShape,
     PageStreams,
     build_id_table,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "MismatchError",
     "ModelInfo",
     "OpdError",
+    "PageShape",
     "PageStreams",
     "Rollout",
     "SamplerInfo",

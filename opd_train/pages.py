@@ -14,10 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd_store import NO_ID, Cache, FloatStreams, IdTable, InvalidArgumentError, LadderStreams, PageStreams
+from opd_store import (
+    NO_ID,
+    Cache,
+    FloatStreams,
+    IdTable,
+    InvalidArgumentError,
+    LadderStreams,
+    PageShape,
+    PageStreams,
+)
 
 # Axes: P = response positions of one rollout, k = ranks of a page, n = entries of a page without padding.
-_SIGN = np.uint32(1 << 31)
+_SIGN = -(1 << 31)
 _ESCAPE = 255
 
 
@@ -86,40 +95,51 @@ class PageDecoder:
     def _floats(
         self, page: PageStreams, parsed: FloatStreams, present: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        values, log_tail = (
-            self._upload((words.astype(np.uint32) ^ _SIGN).view(np.int32)).view(torch.float32)
-            for words in (parsed.logprob, parsed.log_tail)
-        )
-        return _padded(values, present, page, -torch.inf), log_tail
+        parts = [(steps.start, steps.end, self._words(steps.words)) for steps in parsed.steps]
+        words_Pk = self._running(page.shape, self._words(parsed.heads), parts, present)
+        logprob = (words_Pk ^ _SIGN).view(torch.float32)
+        if present is not None:
+            logprob[~present] = -torch.inf
+        return logprob, (self._words(parsed.log_tail) ^ _SIGN).view(torch.float32)
 
     def _ladder(
         self, page: PageStreams, parsed: LadderStreams, present: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        shape = page.shape
-        units_Pk = torch.zeros(shape.n_positions, shape.n_ranks, dtype=torch.int32, device=self._device)
-        heads = self._upload(parsed.heads).int()
-        if present is None:
-            units_Pk[:, 0] = heads
-        else:
-            units_Pk[present[:, 0], 0] = heads
+        parts = []
         for steps in parsed.steps:
-            columns = slice(steps.start - shape.rank_start, steps.end - shape.rank_start)
-            values = self._upload(steps.small)
+            values = self._upload(steps.small).int()
             if len(steps.more):
-                escaped = values == _ESCAPE
-                values = values.int()
-                values[escaped] += self._upload(steps.more).int()
-            if present is None:
-                units_Pk[:, columns] = values.view(shape.n_positions, -1).int()
-            else:
-                units_Pk[:, columns][present[:, columns]] = values.int()
-        logprob = _from_units(units_Pk.cumsum(1, dtype=torch.int32), page.scale)
+                values[values == _ESCAPE] += self._upload(steps.more).int()
+            parts.append((steps.start, steps.end, values))
+        units_Pk = self._running(page.shape, self._upload(parsed.heads).int(), parts, present)
+        logprob = _from_units(units_Pk, page.scale)
         if present is not None:
             logprob[~present] = -torch.inf
         tail = self._upload(parsed.log_tail).int()
         log_tail = _from_units(tail.clamp(min=1) - 1, page.scale)
         log_tail[tail == 0] = -torch.inf
         return logprob, log_tail
+
+    def _running(
+        self,
+        shape: PageShape,
+        heads: Tensor,
+        parts: list[tuple[int, int, Tensor]],
+        present: Tensor | None,
+    ) -> Tensor:
+        """[P, k] int32 running sums of steps from the first rank on, modulo 2^32."""
+        sums_Pk = torch.zeros(shape.n_positions, shape.n_ranks, dtype=torch.int32, device=self._device)
+        if present is None:
+            sums_Pk[:, 0] = heads
+        else:
+            sums_Pk[present[:, 0], 0] = heads
+        for start, end, values in parts:
+            columns = slice(start - shape.rank_start, end - shape.rank_start)
+            if present is None:
+                sums_Pk[:, columns] = values.view(shape.n_positions, -1)
+            else:
+                sums_Pk[:, columns][present[:, columns]] = values
+        return sums_Pk.cumsum(1, dtype=torch.int32)
 
     def _ids(self, page: PageStreams, present: Tensor | None) -> Tensor:
         parsed = page.ids
@@ -138,6 +158,9 @@ class PageDecoder:
                 values = lists[base + values]
                 values[escaped] = by_rank[self._upload(parsed.escaped).long()]
         return _padded(values, present, page, NO_ID)
+
+    def _words(self, words: NDArray[Any]) -> Tensor:
+        return self._upload(words.astype(np.uint32).view(np.int32))
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         if array.dtype.kind == "u" and array.dtype.itemsize > 1:

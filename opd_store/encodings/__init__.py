@@ -216,9 +216,7 @@ def _encode_streams(
     if present is not None:
         flags |= layout.PAGE_RAGGED
         streams.ints(present.sum(axis=1))
-    codec.write_logprobs(
-        streams, band.logprob, band.log_tail, present, rank_start=shape.rank_start, parameter=parameter
-    )
+    codec.write_logprobs(streams, band.logprob, band.log_tail, present, shape, parameter=parameter)
     write_ids(streams, band.ids, present, id_table)
     if id_table is not None:
         flags |= layout.PAGE_USES_TABLE

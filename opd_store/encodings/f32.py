@@ -1,4 +1,8 @@
-"""`f32`: every bit of the log-probs kept, as byte planes."""
+"""`f32`: every bit of the log-probs kept.
+
+A word is the float32's 32 bits with the sign turned over, so that words rise along the ranks of a row as the
+log-probs fall. The first one is stored and then differences, modulo 2^32, which keep zeros of either sign.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ CODE = 1
 NAMES = {"f32": 0}
 """Name to header parameter."""
 _SIGN = np.uint32(0x80000000)
+_ANY = 0xFFFFFFFF
 
 
 def error_bound(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.float64]:
@@ -32,13 +37,29 @@ def write_logprobs(
     logprob: NDArray[np.float32],
     log_tail: NDArray[np.float32],
     present: NDArray[np.bool_] | None,
+    shape: PageShape,
     *,
-    rank_start: int,
     parameter: int,
 ) -> None:
-    """Append [P, k] log-probs and [P] tails, both as the 32 bits of the magnitude's float, sign last."""
-    streams.ints(_to_bits(log_tail))
-    streams.ints(_to_bits(logprob if present is None else logprob[present]))
+    """Append [P, k] log-probs and [P] tails."""
+    streams.ints(_to_words(log_tail))
+    words = _to_words(logprob)
+    streams.ints(words[:, 0] if present is None else words[present[:, 0], 0])
+    steps = np.diff(words, axis=1)
+    for start, end in shape.rank_groups():
+        first, last = start - shape.rank_start, end - shape.rank_start
+        part = steps[:, first - 1 : last - 1]
+        streams.ints(part.reshape(-1) if present is None else part[present[:, first:last]])
+
+
+@dataclass(frozen=True, slots=True)
+class WordSteps:
+    """Differences of ranks [start, end) of the cache from the rank before, modulo 2^32."""
+
+    start: int
+    end: int
+    words: NDArray[Any]
+    """[n] position by position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +67,53 @@ class FloatStreams:
     """What a page holds, before it is put together."""
 
     log_tail: NDArray[Any]
-    """[P] magnitude bits."""
-    logprob: NDArray[Any]
-    """[n] magnitude bits of all entries."""
+    """[P] words."""
+    heads: NDArray[Any]
+    """Words of the first rank of every row that has one."""
+    steps: list[WordSteps]
 
 
 def parse(
     streams: StreamReader, counts: NDArray[np.intp] | None, shape: PageShape, *, parameter: int
 ) -> FloatStreams:
     """Take what `write_logprobs` appended."""
-    n_entries = shape.n_positions * shape.n_ranks if counts is None else int(counts.sum())
-    log_tail = streams.ints(shape.n_positions, limit=0xFFFFFFFF, what="log_tail")
-    return FloatStreams(log_tail, streams.ints(n_entries, limit=0xFFFFFFFF, what="log-probs"))
+    log_tail = streams.ints(shape.n_positions, limit=_ANY, what="log_tail")
+    n_heads = shape.n_positions if counts is None else int(np.count_nonzero(counts))
+    heads = streams.ints(n_heads, limit=_ANY, what="first log-probs")
+    steps = []
+    for start, end in shape.rank_groups():
+        n_steps = shape.entries(start, end, counts)
+        words = streams.ints(n_steps, limit=_ANY, what=f"steps of ranks {start} to {end - 1}")
+        steps.append(WordSteps(start, end, words))
+    return FloatStreams(log_tail, heads, steps)
 
 
 def assemble(
     parsed: FloatStreams, present: NDArray[np.bool_] | None, shape: PageShape, *, parameter: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """[P, k] log-probs, -inf where not present, and [P] tails."""
-    size = (shape.n_positions, shape.n_ranks)
-    values, log_tail = _from_bits(parsed.logprob), _from_bits(parsed.log_tail)
+    words = np.zeros((shape.n_positions, shape.n_ranks), np.uint32)
     if present is None:
-        return values.reshape(size), log_tail
-    logprob = np.full(size, -np.inf, np.float32)
-    logprob[present] = values
-    return logprob, log_tail
+        words[:, 0] = parsed.heads
+    else:
+        words[present[:, 0], 0] = parsed.heads
+    for steps in parsed.steps:
+        columns = slice(steps.start - shape.rank_start, steps.end - shape.rank_start)
+        if present is None:
+            words[:, columns] = steps.words.reshape(shape.n_positions, -1)
+        else:
+            words[:, columns][present[:, columns]] = steps.words
+    np.cumsum(words, axis=1, dtype=np.uint32, out=words)
+    logprob = _from_words(words)
+    if present is not None:
+        logprob[~present] = -np.inf
+    return logprob, _from_words(parsed.log_tail)
 
 
-def _to_bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:
-    # Log-probs are negative: with the sign bit turned over, the highest plane is that much smaller.
-    bits: NDArray[np.uint32] = np.ascontiguousarray(values, np.float32).view(np.uint32) ^ _SIGN
-    return bits
+def _to_words(values: NDArray[np.float32]) -> NDArray[np.uint32]:
+    words: NDArray[np.uint32] = np.ascontiguousarray(values, np.float32).view(np.uint32) ^ _SIGN
+    return words
 
 
-def _from_bits(words: NDArray[Any]) -> NDArray[np.float32]:
+def _from_words(words: NDArray[Any]) -> NDArray[np.float32]:
     return (words.astype(np.uint32) ^ _SIGN).view(np.float32)

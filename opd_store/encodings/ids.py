@@ -62,7 +62,7 @@ def parse_ids(
     Raises:
         FormatError: an id that the table or the vocabulary does not have.
     """
-    n_entries = shape.n_positions * shape.n_ranks if counts is None else int(counts.sum())
+    n_entries = shape.entries(shape.rank_start, shape.rank_end, counts)
     mode = int(streams.ints(1, limit=BY_LIST, what="id mode")[0])
     if mode == PLAIN:
         return IdStreams(mode, streams.ints(n_entries, limit=layout.NO_ID - 1, what="ids"))

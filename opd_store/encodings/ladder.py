@@ -27,17 +27,6 @@ MAX_HALF = 0x7BFF
 """Pattern of the largest finite float16, 65504."""
 
 
-def rank_groups(start: int, end: int) -> list[tuple[int, int]]:
-    """Ranks [start + 1, end) of a band, cut at 8, 16, 32 and so on: whose differences share a stream."""
-    cuts = [start + 1]
-    cut = 8
-    while cut < end:
-        if cut > start + 1:
-            cuts.append(cut)
-        cut *= 2
-    return [(a, b) for a, b in zip(cuts, [*cuts[1:], end], strict=True) if a < b]
-
-
 def error_bound(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.float64]:
     """Largest error allowed at each value, nats."""
     if parameter:
@@ -56,8 +45,8 @@ def write_logprobs(
     logprob: NDArray[np.float32],
     log_tail: NDArray[np.float32],
     present: NDArray[np.bool_] | None,
+    shape: PageShape,
     *,
-    rank_start: int,
     parameter: int,
 ) -> None:
     """Append [P, k] log-probs and [P] tails that `quantise` leaves as they are."""
@@ -68,9 +57,10 @@ def write_logprobs(
     units = _to_units(logprob, parameter)
     streams.ints(units[:, 0] if present is None else units[present[:, 0], 0])
     steps = np.diff(units, axis=1)
-    for a, b in rank_groups(rank_start, rank_start + units.shape[1]):
-        part = steps[:, a - rank_start - 1 : b - rank_start - 1]
-        part = part.reshape(-1) if present is None else part[present[:, a - rank_start : b - rank_start]]
+    for start, end in shape.rank_groups():
+        first, last = start - shape.rank_start, end - shape.rank_start
+        part = steps[:, first - 1 : last - 1]
+        part = part.reshape(-1) if present is None else part[present[:, first:last]]
         streams.ints(np.minimum(part, ESCAPE))
         streams.ints(part[part >= ESCAPE] - ESCAPE)
 
@@ -112,19 +102,15 @@ def parse(
     heads = streams.ints(n_heads, limit=limit, what="first log-probs")
     steps = []
     lowest = int(heads.max(initial=0))
-    for start, end in rank_groups(shape.rank_start, shape.rank_end):
-        first, last = start - shape.rank_start, end - shape.rank_start
-        if counts is None:
-            n_steps = shape.n_positions * (last - first)
-        else:
-            n_steps = int((np.clip(counts, first, last) - first).sum())
+    for start, end in shape.rank_groups():
+        n_steps = shape.entries(start, end, counts)
         what = f"steps of ranks {start} to {end - 1}"
         small = streams.ints(n_steps, limit=ESCAPE, what=what)
         n_more = int(np.count_nonzero(small == ESCAPE))
         more = streams.ints(n_more, limit=limit - ESCAPE, what=f"long {what}")
         steps.append(Steps(start, end, small, more))
         largest = ESCAPE + int(more.max()) if n_more else int(small.max(initial=0))
-        lowest += largest * (last - first)
+        lowest += largest * (end - start)
     parsed = LadderStreams(log_tail, heads, steps)
     # The sum of the largest steps settles it, but for a page with steps of very different size.
     if lowest > limit:

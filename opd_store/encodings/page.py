@@ -53,6 +53,24 @@ class PageShape:
         """k."""
         return self.rank_end - self.rank_start
 
+    def entries(self, start: int, end: int, counts: NDArray[np.intp] | None) -> int:
+        """Entries that ranks [start, end) have, if row p has counts[p] of the page's ranks (None: all)."""
+        if counts is None:
+            return self.n_positions * (end - start)
+        first, last = start - self.rank_start, end - self.rank_start
+        return int((np.clip(counts, first, last) - first).sum())
+
+    def rank_groups(self) -> list[tuple[int, int]]:
+        """Ranks after the first, cut at 8, 16, 32, ...: their differences, of like size, share a stream."""
+        cuts = [self.rank_start + 1]
+        cut = 8
+        while cut < self.rank_end:
+            if cut > self.rank_start + 1:
+                cuts.append(cut)
+            cut *= 2
+        ends = [*cuts[1:], self.rank_end]
+        return [(start, end) for start, end in zip(cuts, ends, strict=True) if start < end]
+
 
 def seal_page(
     body: bytes, shape: PageShape, *, encoding: int, parameter: int, flags: int, owner: bytes
