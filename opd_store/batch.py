@@ -205,6 +205,15 @@ class BatchView:
         offsets = self._offsets[name]
         return self._items[name][offsets[row] : offsets[row + 1]]
 
+    def column_bytes(self) -> dict[str, int]:
+        """Bytes of every column's data in this record batch."""
+        return {name: self._batch.column(name).nbytes for name in self._batch.schema.names}
+
+    @property
+    def n_response_tokens(self) -> int:
+        """R of all rows."""
+        return len(self._items["token_ids"]) - int(self.prompt_len.sum())
+
     def response_len(self, row: int) -> int:
         """R of one row."""
         offsets = self._offsets["token_ids"]

@@ -222,6 +222,22 @@ class Cache(Sequence[Rollout]):
         batch, row = self._locate(row)
         return batch.page_streams(row, ranks)
 
+    def column_bytes(self, *, batches: int = 16) -> tuple[dict[str, int], int]:
+        """What each column takes, in up to `batches` record batches spread evenly over the cache.
+
+        Returns:
+            Bytes of every column, and the response tokens of the same record batches.
+        """
+        n_batches = len(self._first_row)
+        sizes = dict.fromkeys(self._arrow.names, 0)
+        tokens = 0
+        for number in sorted({index * n_batches // batches for index in range(batches if n_batches else 0)}):
+            view = self._batch(number)
+            tokens += view.n_response_tokens
+            for name, n_bytes in view.column_bytes().items():
+                sizes[name] += n_bytes
+        return sizes, tokens
+
     def scan(self, *, ranks: int | None = None, columns: Collection[str] | None = None) -> Iterator[Rollout]:
         """All rollouts in order. Arguments and errors as for `rollout`."""
         self._check_selection(ranks, columns)

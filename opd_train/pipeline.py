@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from opd_store import (
     Cache,
     CacheExistsError,
     CacheMeta,
+    Cut,
+    IdTable,
     InvalidArgumentError,
     MismatchError,
     ModelInfo,
@@ -139,6 +141,9 @@ def score_cache(
     uri: str | os.PathLike[str],
     *,
     topk: int,
+    encoding: str = "ladder/128",
+    id_table: IdTable | Literal["auto"] | None = "auto",
+    cut: Cut | None = None,
     reference: CausalLM | None = None,
     sft_teacher: ModelInfo | None = None,
     licence: str | None = None,
@@ -152,9 +157,9 @@ def score_cache(
         lm: the teacher.
         source: what is known of the rollouts; passes into the new cache.
         topk: K; 0 stores only the sampled token's log-prob.
+        encoding, id_table, cut: how the top-k is stored, as for `opd_store.create`.
         reference: the behaviour checkpoint, to fill in reference log-probs (raw) and, where the sampler is
-        known and
-            they are missing, behaviour log-probs (processed).
+            known and they are missing, behaviour log-probs (processed).
         sft_teacher: what the behaviour policy was fine-tuned on, where `source` does not say.
         on_progress: in response tokens.
 
@@ -208,7 +213,7 @@ def score_cache(
             scored if reference is None else _with_reference(scored, reference, source.sampler, batch_tokens)
         )
 
-    with _open_writer(uri, meta, topk=topk) as writer:
+    with _open_writer(uri, meta, topk=topk, encoding=encoding, id_table=id_table, cut=cut) as writer:
         missing = [
             start
             for start in range(0, len(rollouts), commit_rollouts)
@@ -239,21 +244,43 @@ def _with_reference(
     return [dataclasses.replace(rollout, **fields) for rollout, fields in zip(rollouts, found, strict=True)]
 
 
-def _open_writer(uri: str | os.PathLike[str], meta: CacheMeta, *, topk: int) -> Writer:
+def _open_writer(
+    uri: str | os.PathLike[str],
+    meta: CacheMeta,
+    *,
+    topk: int,
+    encoding: str = "plain",
+    id_table: IdTable | Literal["auto"] | None = None,
+    cut: Cut | None = None,
+) -> Writer:
+    if not topk:
+        encoding, id_table, cut = "plain", None, None
     try:
-        writer = opd_store.create(uri, meta=meta, topk=topk)
+        return opd_store.create(uri, meta=meta, topk=topk, encoding=encoding, id_table=id_table, cut=cut)
     except CacheExistsError:
         if not (Path(uri) / "manifests").is_dir():
             raise
-        writer = opd_store.append(uri, meta=meta)
-        if writer.schema.topk != topk:
+    writer = opd_store.append(uri, meta=meta)
+    table = writer.base.id_table if writer.base is not None else None
+    policy = "none" if id_table is None or encoding == "plain" else "auto" if id_table == "auto" else "given"
+    pairs = {
+        "topk": (writer.schema.topk, topk),
+        "encoding": (writer.schema.encoding, encoding),
+        "cut": (writer.schema.cut, cut),
+        "id_table": (writer.schema.id_table, policy),
+    }
+    if isinstance(id_table, IdTable) and writer.schema.id_table == "given" and table is not None:
+        pairs["id_table"] = (table.digest.hex(), id_table.digest.hex())
+    for field, (found, expected) in pairs.items():
+        if found != expected:
+            writer.close()
             raise MismatchError(
-                f"{uri}: topk is {writer.schema.topk} in the cache, but {topk} is to be written; "
+                f"{uri}: {field} is {found} in the cache, but {expected} is to be written; "
                 "choose another path",
-                field="topk",
-                expected=str(topk),
-                found=str(writer.schema.topk),
-            ) from None
+                field=field,
+                expected=str(expected),
+                found=str(found),
+            )
     return writer
 
 

@@ -107,11 +107,18 @@ def test_interrupted_scoring_ends_in_the_same_versions(teacher, tmp_path, monkey
     assert (version.sequence, version.digest) == (whole.sequence, whole.digest)
 
 
-def test_a_scored_cache_holds_the_rollouts_and_the_teachers_numbers(student, teacher, tmp_path):
+@pytest.mark.parametrize(
+    ("encoding", "error"), [("plain", 3e-5), ("f32", 3e-5), ("ladder/128", 1 / 256 + 3e-5)]
+)
+def test_a_scored_cache_holds_the_rollouts_and_the_teachers_numbers(
+    student, teacher, tmp_path, encoding, error
+):
     roll_out(student, PROMPTS, tmp_path / "r", SAMPLER)
     source = opd_store.open(tmp_path / "r")
-    score_cache(teacher, source, source.meta, tmp_path / "c", topk=VOCAB, licence="CC0")
+    args = (teacher, source, source.meta, tmp_path / "c")
+    score_cache(*args, topk=VOCAB, licence="CC0", encoding=encoding)
     cache = opd_store.open(tmp_path / "c")
+    assert cache.encoding == encoding
     assert opd_store.verify(tmp_path / "c").ok
     assert cache.meta.teacher.weights_digest == teacher.info.weights_digest
     assert (cache.meta.licence, cache.meta.sampler) == ("CC0", source.meta.sampler)
@@ -122,8 +129,48 @@ def test_a_scored_cache_holds_the_rollouts_and_the_teachers_numbers(student, tea
         assert found.finish_reason == rollout.finish_reason
         reference = naive_logprobs(teacher, found)
         np.testing.assert_allclose(
-            found.topk_logprob, np.take_along_axis(reference, found.topk_ids, axis=1), rtol=1e-5, atol=3e-5
+            found.topk_logprob, np.take_along_axis(reference, found.topk_ids, axis=1), rtol=1e-5, atol=error
         )
+
+
+def test_how_it_is_stored_is_part_of_what_a_rerun_has_to_repeat(teacher, tmp_path):
+    rollouts = random_rollouts(8)
+    table = opd_store.build_id_table([np.arange(4, dtype=np.uint32)[None]], vocab_size=VOCAB)
+    other = opd_store.build_id_table([np.arange(4, 8, dtype=np.uint32)[None]], vocab_size=VOCAB)
+
+    def run(name, **options):
+        return score_cache(teacher, rollouts, meta_of(teacher), tmp_path / name, topk=4, **options)
+
+    version = run("auto")
+    assert run("auto") == version
+    for options, field in (
+        ({"encoding": "ladder/64"}, "encoding is ladder/128"),
+        ({"cut": opd_store.Cut("mass", 0.5)}, "cut is None"),
+        ({"id_table": None}, "id_table is auto"),
+        ({"id_table": table}, "id_table is auto"),
+    ):
+        with pytest.raises(MismatchError, match=f"{field} in the cache"):
+            run("auto", **options)
+    version = run("given", id_table=table)
+    assert run("given", id_table=table) == version
+    assert opd_store.open(tmp_path / "given").id_table.digest == table.digest
+    with pytest.raises(MismatchError, match=f"id_table is {table.digest.hex()}"):
+        run("given", id_table=other)
+
+
+def test_a_cut_keeps_the_likely_ranks_and_the_rest_joins_the_tail(teacher, tmp_path):
+    rollouts = random_rollouts(4)
+    score_cache(teacher, rollouts, meta_of(teacher), tmp_path / "all", topk=8, encoding="f32")
+    cut = opd_store.Cut("probability", 0.05)
+    score_cache(teacher, rollouts, meta_of(teacher), tmp_path / "cut", topk=8, encoding="f32", cut=cut)
+    for whole, kept in zip(opd_store.open(tmp_path / "all"), opd_store.open(tmp_path / "cut"), strict=True):
+        present = kept.topk_ids != opd_store.NO_ID
+        assert present[:, 0].all()
+        assert not present.all()
+        np.testing.assert_array_equal(present[:, 1:], np.exp(whole.topk_logprob[:, 1:]) >= 0.05)
+        np.testing.assert_array_equal(kept.topk_ids[present], whole.topk_ids[present])
+        total = np.exp(kept.topk_logprob.astype(float)).sum(1) + np.exp(kept.log_tail.astype(float))
+        np.testing.assert_allclose(total, 1, atol=1e-5)
 
 
 def test_the_reference_fills_in_what_is_missing_and_nothing_else(student, teacher, tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from opd_store import ModelInfo
+import opd_store
+from opd_store import ENCODINGS, Cut, IdTable, InvalidArgumentError, ModelInfo
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, model_options, printable
+
+SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 @click.command("score")
@@ -17,6 +21,21 @@ from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model
 @click.option(
     "--topk", type=AT_LEAST_0, default=64, show_default=True, help="Ranks stored per position; 0 stores none."
 )
+@click.option(
+    "--encoding",
+    type=click.Choice(ENCODINGS),
+    default="ladder/128",
+    show_default=True,
+    help="How top-k pages are stored: plain and f32 keep every bit, ladder/s keeps log-probs to 1/(2s) nat.",
+)
+@click.option(
+    "--id-table",
+    default="auto",
+    show_default=True,
+    help="What ids are coded by: auto (learnt on the way), none, or a cache of the same teacher with one.",
+)
+@click.option("--min-probability", type=SHARE, help="Keep only ranks of at least this probability.")
+@click.option("--mass", type=SHARE, help="Keep only as many ranks as sum to this probability.")
 @click.option("--reference", help="Directory of the behaviour checkpoint, to fill in its log-probs.")
 @click.option(
     "--sft-teacher",
@@ -34,6 +53,10 @@ def score(
     rollouts: str,
     out: str,
     topk: int,
+    encoding: str,
+    id_table: str,
+    min_probability: float | None,
+    mass: float | None,
     reference: str | None,
     sft_teacher: str | None,
     licence: str | None,
@@ -51,9 +74,8 @@ def score(
     scored twice.
 
     \b
-    Example: opd score models/teacher runs/rollouts runs/cache --topk 64
+    Example: opd score models/teacher runs/rollouts runs/cache --topk 64 --encoding ladder/128
     """
-    import opd_store
     from opd_train import read_rollouts, score_cache
 
     if Path(rollouts).is_file():
@@ -69,6 +91,9 @@ def score(
             meta,
             out,
             topk=min(topk, lm.vocab_size),
+            encoding=encoding,
+            id_table=_id_table(id_table),
+            cut=_cut(min_probability, mass),
             reference=None if reference is None else load_model(reference, dtype=dtype, device=device),
             sft_teacher=_describe(sft_teacher),
             licence=licence,
@@ -77,6 +102,23 @@ def score(
             on_progress=meter.update,
         )
     click.echo(printable(version.uri, None))
+
+
+def _id_table(choice: str) -> IdTable | Literal["auto"] | None:
+    if choice in ("auto", "none"):
+        return "auto" if choice == "auto" else None
+    cache = opd_store.open(choice)
+    if cache.id_table is None:
+        raise InvalidArgumentError(f"--id-table: {choice} has no id table; give another cache, or auto")
+    return cache.id_table
+
+
+def _cut(min_probability: float | None, mass: float | None) -> Cut | None:
+    if min_probability is not None and mass is not None:
+        raise InvalidArgumentError("--min-probability and --mass: give one of them")
+    if min_probability is not None:
+        return Cut("probability", min_probability)
+    return None if mass is None else Cut("mass", mass)
 
 
 def _describe(directory: str | None) -> ModelInfo | None:
