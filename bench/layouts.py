@@ -213,6 +213,32 @@ def parquet_decode(
     return ids.astype(np.int32, copy=False), widen(logprob, kind), log_tail
 
 
+def list_parquet_encode(
+    ids: NDArray[np.uint32], logprob: NDArray[np.float32], _: NDArray[np.float32]
+) -> bytes:
+    """A row a position, lists of int32 and float16, everything else at pyarrow's defaults."""
+    offsets = pa.array(np.arange(0, ids.size + 1, ids.shape[1], dtype=np.int32))
+    columns = {"ids": ids.astype(np.int32), "logprob": logprob.astype(np.float16)}
+    table = pa.table(
+        {
+            name: pa.ListArray.from_arrays(offsets, pa.array(part.reshape(-1)))
+            for name, part in columns.items()
+        }
+    )
+    sink = pa.BufferOutputStream()
+    split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in columns}
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=split)
+    return SHAPE.pack(sink.tell(), ids.shape[1]) + sink.getvalue().to_pybytes()
+
+
+def list_parquet_decode(data: bytes) -> Decoded:
+    file, _, topk = open_parquet(data)
+    table = file.read(use_threads=False)
+    ids, logprob = (table.column(name).combine_chunks().values for name in ("ids", "logprob"))
+    values = np.frombuffer(logprob.buffers()[1], np.float16)[logprob.offset :][: len(logprob)]
+    return ids.to_numpy().reshape(-1, topk), values.reshape(-1, topk).astype(np.float32), None
+
+
 def parquet_prefix_bytes(data: bytes, ranks: int, *, band: int) -> int:
     """Column chunks of the first bands, and the footer."""
     file, _, _ = open_parquet(data)

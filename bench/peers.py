@@ -4,7 +4,7 @@
     decode(bytes) -> ids i32 [P, K], logprob f32 [P, K], log_tail f32 [P] or None
 
 All positions go into one file, so that footers and headers weigh nothing. Where a layout leaves a choice, it
-is made in the peer's favour: flat columns instead of lists, ids as uint16 while the vocabulary allows, no
+is made in the peer's favour: flat columns besides lists, ids as uint16 while the vocabulary allows, no
 statistics. Parquet layouts named "smallest" try zstd levels 1, 3 and 9 and three encodings for each column.
 
 A name that begins with "model of" is our own code, written to a description of that project's layout
@@ -30,6 +30,8 @@ Encode = Callable[[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32]]
 
 PARQUET = "Parquet BSS fp16"
 """The peer that speeds are compared with: zstd-1, the fastest to write and as fast as any level to read."""
+LIST_PARQUET = "Parquet BSS fp16, lists"
+"""The same as people write it."""
 BAND = 8
 """Ranks of one column pair in the Parquet layout that can read few ranks."""
 
@@ -104,6 +106,12 @@ def peers(vocab_size: int, *, sequence: int = 1023) -> list[Peer]:
             note="flat columns, zstd-1, pages of 1 MiB",
             encode=known(layouts.parquet_encode, kind="fp16", write=layouts.fast_parquet, **by_vocab),
             decode=known(layouts.parquet_decode, kind="fp16", **by_vocab),
+        ),
+        Peer(
+            name=LIST_PARQUET,
+            note="a row a position, list<int32> and list<float16>, pyarrow's defaults with zstd",
+            encode=layouts.list_parquet_encode,
+            decode=layouts.list_parquet_decode,
         ),
         smallest("fp16"),
         smallest("fp16", tail=True),

@@ -82,7 +82,7 @@ def test_cuts(opd, score, tmp_path):
     assert inspected(opd, tmp_path / "mass")["top-k"]["ranks kept"] == "as many as sum to 0.5"
     assert any((rollout.topk_ids == opd_store.NO_ID).any() for rollout in opd_store.open(tmp_path / "mass"))
     score("both", "--mass", 0.5, "--min-probability", 0.1).refused(2, "--min-probability and --mass")
-    score("both", "--mass", 1.5).refused(2, "1.5")
+    assert score("both", "--mass", 1.5).status == 2
     for name in ("likely", "mass"):
         opd("verify", tmp_path / name).ok()
 
