@@ -42,22 +42,21 @@ def compress(data: bytes) -> tuple[bool, bytes]:
     return (True, frame) if len(frame) < len(data) else (False, data)
 
 
-def decompress(frame: Bytes, n_bytes: int, *, where: str) -> Bytes:
+def decompress(frame: memoryview, n_bytes: int, *, where: str) -> Bytes:
     """Open one zstd frame that has to hold exactly `n_bytes`; its header is believed only where it agrees.
 
     Raises:
         FormatError: not one frame, of that size, without dictionary and checksum.
     """
     try:
-        frame_bytes = memoryview(frame)
-        found = zstandard.get_frame_parameters(frame_bytes)
+        found = zstandard.get_frame_parameters(frame)
         # The declared size is what gets allocated, so it is compared before anything is decompressed.
         if found.content_size != n_bytes or found.dict_id or found.has_checksum:
             raise FormatError(
                 f"{where}: a zstd frame of {found.content_size} bytes (dictionary {found.dict_id}, checksum "
                 f"{found.has_checksum}), expected one of {n_bytes} without either"
             )
-        data = _zstd.decompressor.decompress(frame_bytes, allow_extra_data=False)
+        data = _zstd.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"{where}: zstd frame does not decompress: {error}") from error
     if len(data) != n_bytes:
@@ -89,18 +88,8 @@ class StreamReader:
     """Takes streams out of a page body, in order, trusting no length."""
 
     def __init__(self, body: Bytes, *, where: str) -> None:
-        self._body, self.where = body, where
+        self._body, self.where = memoryview(body), where
         self._position = 0
-
-    def _take(self, n_bytes: int, what: str) -> Bytes:
-        end = self._position + n_bytes
-        if end > len(self._body):
-            raise FormatError(
-                f"{self.where}: {what} ends at byte {end} of the page body, which has {len(self._body)}"
-            )
-        part = self._body[self._position : end]
-        self._position = end
-        return part
 
     def ints(self, count: int, *, limit: int, what: str) -> NDArray[Any]:
         """The next stream: [count] u8, u16 or u32.
@@ -112,14 +101,14 @@ class StreamReader:
         Raises:
             FormatError: sizes that do not fit, or a value above the limit.
         """
-        n_planes = int(self._take(1, what)[0])
+        n_planes = self._take(1, what)[0]
         if n_planes > MAX_PLANES:
             raise FormatError(f"{self.where}: {what} has {n_planes} planes, the limit is {MAX_PLANES}")
-        dtype = np.dtype(_DTYPES[n_planes])
         if n_planes == 1:
             values: NDArray[Any] = self._plane(count, what)
         else:
             planes = [self._plane(count, what) for _ in range(n_planes)]
+            dtype = np.dtype(_DTYPES[n_planes])
             values = np.zeros(count, dtype)
             for number, plane in enumerate(planes):
                 values.view(np.uint8)[number :: dtype.itemsize] = plane
@@ -127,14 +116,22 @@ class StreamReader:
             raise FormatError(f"{self.where}: {what} has {int(values.max())}, the limit is {limit}")
         return values
 
+    def _take(self, n_bytes: int, what: str) -> memoryview:
+        start = self._position
+        end = self._position = start + n_bytes
+        if end > len(self._body):
+            raise FormatError(
+                f"{self.where}: {what} ends at byte {end} of the page body, which has {len(self._body)}"
+            )
+        return self._body[start:end]
+
     def _plane(self, count: int, what: str) -> Bytes:
-        size = int.from_bytes(self._take(4, what).tobytes(), "little")
-        payload = self._take(size & ~ZSTD_FLAG, what)
+        size = int.from_bytes(self._take(4, what), "little")
         if size & ZSTD_FLAG:
-            return decompress(payload, count, where=f"{self.where}, {what}")
-        if len(payload) != count:
-            raise FormatError(f"{self.where}: {what} has {len(payload)} bytes, expected {count}")
-        return payload
+            return decompress(self._take(size ^ ZSTD_FLAG, what), count, where=f"{self.where}, {what}")
+        if size != count:
+            raise FormatError(f"{self.where}: {what} has {size} bytes, expected {count}")
+        return np.frombuffer(self._take(size, what), np.uint8)
 
     def finish(self) -> None:
         """Raise FormatError unless the whole body was taken."""
