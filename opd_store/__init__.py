@@ -2,7 +2,7 @@
 
 from opd_store.cache import Cache
 from opd_store.cache import open_cache as open
-from opd_store.columns import CacheSchema, Cut
+from opd_store.create import append, create
 from opd_store.encodings import (
     ENCODINGS,
     FloatStreams,
@@ -29,8 +29,9 @@ from opd_store.hashing import rollout_hash, tokenizer_fingerprint
 from opd_store.layout import NO_ID
 from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta, teacher_consistency
 from opd_store.rollout import Rollout
+from opd_store.schema import CacheSchema, Cut
 from opd_store.verify import VerifyReport, verify
-from opd_store.writer import Version, Writer, append, create
+from opd_store.writer import Version, Writer
 
 __version__ = "0.1.0"
 

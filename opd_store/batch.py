@@ -10,7 +10,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.columns import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, CacheSchema, PackedColumn
 from opd_store.encodings import (
     Band,
     IdTable,
@@ -23,6 +22,7 @@ from opd_store.encodings import (
 )
 from opd_store.errors import FormatError
 from opd_store.rollout import FINISH_REASONS, SUPPORTS, Rollout
+from opd_store.schema import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, CacheSchema, PackedColumn
 from opd_store.values import Problem, ids_problem, logprobs_problem, support_problem
 
 LOGPROB_LISTS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
@@ -140,6 +140,11 @@ class BatchView:
         bands = [self._decoded(column, row) for column in self._schema.topk_columns(wanted)]
         return self._proved("topk", merge_bands(bands, wanted), row, wanted)
 
+    def check_inner_bands(self, row: int) -> None:
+        """Prove what a reader of fewer ranks would get: each band carries a tail of its own."""
+        for end in self._schema.bands[:-1]:
+            self._require_possible("topk", self.topk(row, end), row)
+
     def support(self, kind: str, row: int) -> Band:
         """The ids of one row that were "chosen" or "sampled". Errors as for `topk`."""
         (column,) = self._schema.support_columns(kind)
@@ -177,6 +182,12 @@ class BatchView:
         """The band, after its first read has shown that its values are possible."""
         if self._proven is None or (kind == "topk" and self._proven[row] >= ranks):
             return band
+        self._require_possible(kind, band, row)
+        if kind == "topk":
+            self._proven[row] = ranks
+        return band
+
+    def _require_possible(self, kind: str, band: Band, row: int) -> None:
         problem = support_problem(
             kind,
             band.ids,
@@ -189,9 +200,6 @@ class BatchView:
         )
         if problem is not None:
             self._refuse(row, problem)
-        if kind == "topk":
-            self._proven[row] = ranks
-        return band
 
     def check_pages(self, row: int) -> None:
         """Compare every page of a row with its own checksum. Raises IntegrityError."""

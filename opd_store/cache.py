@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView
-from opd_store.columns import SCALARS, CacheSchema, arrow_schema
 from opd_store.encodings import IdTable, PageStreams
 from opd_store.errors import CacheNotFoundError, FormatError, IntegrityError, InvalidArgumentError
 from opd_store.index import FileRef, RolloutTable, SegmentRef, decode_shard_table
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
 from opd_store.rollout import Rollout
+from opd_store.schema import SCALARS, CacheSchema, arrow_schema
 from opd_store.shard import ShardInfo, ShardReader, file_digest
 from opd_store.storage import LocalStorage, resolve
 from opd_store.table import rollouts_to_arrow

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_store import layout
-from opd_store.columns import CacheSchema
 from opd_store.errors import FormatError, IntegrityError, UnsupportedVersionError
 from opd_store.hashing import Buffer
 from opd_store.index import FileRef, SegmentRef
 from opd_store.meta import CacheMeta
+from opd_store.schema import CacheSchema
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 _TRAILER = re.compile(rb',\n "checksum": "sha256:([0-9a-f]{64})"\n\}\n\Z')
@@ -34,8 +34,13 @@ class Manifest:
     """What the ids of packed pages may refer to; once there, the same in every later version."""
     required_features: tuple[str, ...] = ()
     optional_features: tuple[str, ...] = ()
-    newer: bool = False
-    """Of a higher minor version: readable, but this release would lose what it does not know."""
+    minor: int = layout.FORMAT_MINOR
+    """Of the format version it was written in."""
+
+    @property
+    def newer(self) -> bool:
+        """Of a higher minor version: readable, but this release would lose what it does not know."""
+        return self.minor > layout.FORMAT_MINOR
 
     @property
     def rows(self) -> int:
@@ -92,7 +97,8 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
             f"{where}: sha256 {found}, expected {trailer[1].decode()}. Fetch it again.", uri=where
         )
     value = parse_strict_json(data, where=where)
-    newer = _check_version(value, where)
+    minor = _check_version(value, where)
+    newer = minor > layout.FORMAT_MINOR
     expected = {
         "format": str,
         "format_version": str,
@@ -155,7 +161,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         segments=tuple(_segment_from_json(item, where, newer) for item in value["segments"]),
         required_features=tuple(value["required_features"]),
         optional_features=tuple(value["optional_features"]),
-        newer=newer,
+        minor=minor,
     )
 
 
@@ -210,8 +216,8 @@ def _check_limits(value: object, where: str, depth: int) -> None:
         raise FormatError(f"{where}: an integer beyond 2**53 - 1")
 
 
-def _check_version(value: dict[str, Any], where: str) -> bool:
-    """Whether the file is of a newer minor version."""
+def _check_version(value: dict[str, Any], where: str) -> int:
+    """The minor version of the file."""
     name, version = value.get("format"), value.get("format_version")
     if name != layout.FORMAT_NAME:
         raise FormatError(f"{where}: format {name!r:.100}, expected {layout.FORMAT_NAME!r}", uri=where)
@@ -223,7 +229,7 @@ def _check_version(value: dict[str, Any], where: str) -> bool:
         raise UnsupportedVersionError(
             f"{where}: format version {version}, this release reads {supported}; upgrade opd-store", uri=where
         )
-    return minor > layout.FORMAT_MINOR
+    return minor
 
 
 def _check_object(value: object, expected: dict[str, Any], where: str, *, allow_unknown: bool) -> None:

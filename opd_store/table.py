@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import pyarrow as pa
 
-from opd_store.columns import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, USER_TYPES, CacheSchema
 from opd_store.rollout import SUPPORTS, Rollout
+from opd_store.schema import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, USER_TYPES, CacheSchema
 
 
 def rollouts_to_arrow(

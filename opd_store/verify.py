@@ -10,13 +10,20 @@ import numpy as np
 import pyarrow as pa
 
 from opd_store import layout
+from opd_store.arrow_message import record_batches
 from opd_store.batch import BatchView
 from opd_store.cache import Cache, load_manifest
-from opd_store.columns import arrow_schema
-from opd_store.errors import FormatError, IntegrityError, InvalidRolloutError, OpdError
+from opd_store.errors import (
+    CacheNotFoundError,
+    FormatError,
+    IntegrityError,
+    InvalidRolloutError,
+    OpdError,
+)
 from opd_store.hashing import rollout_hash
-from opd_store.manifest import decode_manifest, manifest_digest
+from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.rollout import checked
+from opd_store.schema import arrow_schema
 from opd_store.shard import ShardInfo, ShardReader, file_digest
 from opd_store.storage import LocalStorage, resolve
 
@@ -85,21 +92,37 @@ def verify(
 
 def _check_history(storage: LocalStorage, cache: Cache, report: VerifyReport) -> Iterator[OpdError]:
     report.versions = 1
-    parent = cache.parent
+    child = cache.manifest
     for sequence in range(cache.version - 1, 0, -1):
         name = layout.manifest_path(sequence)
         where = storage.describe(name)
         try:
-            data = storage.read(name, layout.MAX_MANIFEST_BYTES)
-            if manifest_digest(data) != parent:
-                raise IntegrityError(
-                    f"{where}: {manifest_digest(data)}, but the next version names {parent}", uri=where
-                )
-            parent = decode_manifest(data, where=where).parent
+            manifest = _read_parent(storage, name, child)
+            for field_name in ("meta", "schema"):
+                if getattr(manifest, field_name) != getattr(child, field_name):
+                    raise FormatError(f"{where}: the next version has another {field_name}", uri=where)
+            if manifest.id_table not in (None, child.id_table):
+                raise FormatError(f"{where}: the next version has another id table", uri=where)
+            if manifest.minor > child.minor:
+                raise FormatError(f"{where}: the next version is of an older format version", uri=where)
         except OpdError as error:
             yield error
             return
+        child = manifest
         report.versions += 1
+
+
+def _read_parent(storage: LocalStorage, name: str, child: Manifest) -> Manifest:
+    where = storage.describe(name)
+    try:
+        data = storage.read(name, layout.MAX_MANIFEST_BYTES)
+    except CacheNotFoundError as error:
+        raise IntegrityError(f"{where}: missing, although a later version names it", uri=where) from error
+    if manifest_digest(data) != child.parent:
+        raise IntegrityError(
+            f"{where}: {manifest_digest(data)}, but the next version names {child.parent}", uri=where
+        )
+    return decode_manifest(data, where=where)
 
 
 def _check_shard(
@@ -110,17 +133,11 @@ def _check_shard(
     reader = ShardReader(buffer, info, arrow_schema(cache.schema), uri=uri)
     tokens = response_tokens = 0
     intact = True
-    footer = _open_footer(buffer, info, uri)
     for number, region in enumerate(region for region in info.regions if region.rows):
         batch_row, first_row = first_row, first_row + region.rows
         try:
-            batch = reader.batch(number)
-            if not footer.get_batch(number).equals(batch):
-                raise FormatError(
-                    f"{uri}: the footer has another record batch {number} than the index", uri=uri
-                )
             view = BatchView(
-                batch,
+                reader.batch(number),
                 cache.schema,
                 vocab_size=cache.meta.vocab_size,
                 id_table=cache.id_table,
@@ -139,6 +156,10 @@ def _check_shard(
                 intact = False
         report.rollouts += view.n_rows
     report.response_tokens += response_tokens
+    try:
+        _check_footer(buffer, info, arrow_schema(cache.schema), uri)
+    except OpdError as error:
+        yield error
     if intact and (tokens, response_tokens) != (info.tokens, info.response_tokens):
         yield FormatError(
             f"{uri}: {tokens} tokens, {response_tokens} of them in responses, "
@@ -149,19 +170,16 @@ def _check_shard(
         yield IntegrityError(f"{uri}: its SHA-256 is not its name. Fetch this shard again.", uri=uri)
 
 
-def _open_footer(buffer: pa.Buffer, info: ShardInfo, uri: str) -> pa.RecordBatchFileReader:
-    """The shard as other Arrow tools read it: by its footer, which this package does not use."""
+def _check_footer(buffer: pa.Buffer, info: ShardInfo, schema: pa.Schema, uri: str) -> None:
+    """Other Arrow tools find record batches by the footer, which this package does not use."""
     try:
-        footer = pa.ipc.open_file(buffer)
-        n_batches = footer.num_record_batches
-        for number in range(n_batches):
-            footer.get_batch(number)
-    except (pa.ArrowException, OSError) as error:
+        found = record_batches(buffer)
+        same_schema = pa.ipc.open_file(buffer).schema.equals(schema, check_metadata=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise FormatError(f"{uri}: does not parse as an Arrow file: {error}", uri=uri) from error
-    expected = sum(1 for region in info.regions if region.rows)
-    if n_batches != expected:
-        raise FormatError(f"{uri}: the footer has {n_batches} record batches, the index {expected}", uri=uri)
-    return footer
+    expected = [(region.offset, region.length) for region in info.regions if region.rows]
+    if found != expected or not same_schema:
+        raise FormatError(f"{uri}: the footer has other record batches or columns than the index", uri=uri)
 
 
 def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> np.ndarray:
@@ -177,11 +195,21 @@ def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> np.nd
         )
     except InvalidRolloutError as error:
         raise FormatError(f"{where}: {error}", row=row, column=error.field) from error
+    view.check_inner_bands(row)
     stored = view.hashes[row].tobytes()
     if rollout_hash(rollout.token_ids, cache.meta.tokenizer_fingerprint) != stored:
         raise FormatError(
             f"{where}: rollout_hash is not the hash of its tokens", row=row, column="rollout_hash"
         )
-    if cache_row not in cache.find_all(stored):
+    named = list(cache.find_all(stored))
+    if cache_row not in named:
         raise FormatError(f"{where}: missing from the rollout table", row=row, column="rollout_hash")
+    for other in named:
+        same_draw = cache.rollout(other, columns=("sample_id",)).sample_id == rollout.sample_id
+        if other < cache_row and same_draw:
+            raise FormatError(
+                f"{where}: the same rollout and sample_id as row {other} of the cache",
+                row=row,
+                column="sample_id",
+            )
     return rollout.token_ids

@@ -131,7 +131,7 @@ def tokenizer_fingerprint(description: dict[str, Any]) -> str:
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
-    require(len(data) <= MAX_MANIFEST_BYTES, "the manifest is too large")
+    require(len(data) <= MAX_MANIFEST_BYTES, "the manifest is too large", INTEGRITY)
     ending = re.search(rb',\n "checksum": "sha256:([0-9a-f]{64})"\n\}\n\Z', data)
     if ending is None:
         refuse("the manifest does not end with its checksum", INTEGRITY)
@@ -629,7 +629,7 @@ def read_page(
     streams = Streams(body)
     lengths = streams.ints(positions, k) if ragged else [k] * positions
     if encoding == "f32":
-        logprobs, tails = read_f32(streams, lengths)
+        logprobs, tails = read_f32(streams, lengths, start, k)
     else:
         logprobs, tails = read_ladder(streams, lengths, start, k, parameter)
     ids = read_ids(streams, lengths, table if uses_table else None)
@@ -664,13 +664,41 @@ def read_plain(body: bytes, positions: int, k: int, *, has_draws: bool) -> Page:
     return rows if has_draws else (*rows[:3], None)
 
 
-def read_f32(streams: Streams, lengths: list[int]) -> tuple[list[list[float]], list[float]]:
-    def values(count: int) -> list[float]:
-        words = [word ^ 0x80000000 for word in streams.ints(count, 0xFFFFFFFF)]
-        return list(struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *words)))
+def rank_groups(first: int, end: int) -> list[tuple[int, int]]:
+    """Section 3: the ranks after the first one of a page, cut at 8, 16, 32, ..."""
+    groups = []
+    start = first + 1
+    while start < end:
+        cut = 8
+        while cut <= start:
+            cut *= 2
+        groups.append((start, min(cut, end)))
+        start = min(cut, end)
+    return groups
 
-    tails = values(len(lengths))
-    return rows_of(values(sum(lengths)), lengths), tails
+
+def steps_in(lengths: list[int], rank_start: int, group: tuple[int, int]) -> list[int]:
+    """How many ranks of a group each row has."""
+    return [max(0, min(group[1], rank_start + length) - group[0]) for length in lengths]
+
+
+def read_f32(
+    streams: Streams, lengths: list[int], rank_start: int, k: int
+) -> tuple[list[list[float]], list[float]]:
+    def value(word: int) -> float:
+        (number,) = struct.unpack("<f", struct.pack("<I", word ^ 0x80000000))
+        return float(number)
+
+    tails = [value(word) for word in streams.ints(len(lengths), 0xFFFFFFFF)]
+    heads = iter(streams.ints(sum(length > 0 for length in lengths), 0xFFFFFFFF))
+    words = [[next(heads)] if length else [] for length in lengths]
+    for group in rank_groups(rank_start, rank_start + k):
+        counts = steps_in(lengths, rank_start, group)
+        step = iter(streams.ints(sum(counts), 0xFFFFFFFF))
+        for row, count in zip(words, counts, strict=True):
+            for _ in range(count):
+                row.append((row[-1] + next(step)) % 2**32)
+    return [[value(word) for word in row] for row in words], tails
 
 
 def read_ladder(
@@ -685,18 +713,14 @@ def read_ladder(
     tails = [value(stored - 1) if stored else -math.inf for stored in streams.ints(len(lengths), largest + 1)]
     heads = iter(streams.ints(sum(length > 0 for length in lengths), largest))
     units = [[next(heads)] if length else [] for length in lengths]
-    first = rank_start + 1
-    while first < rank_start + k:
-        last = next(cut for cut in (8 << i for i in range(20)) if cut > first)
-        last = min(last, rank_start + k)
-        inside = [range(max(0, min(last, rank_start + length) - first)) for length in lengths]
-        steps = streams.ints(sum(map(len, inside)), 255)
-        more = iter(streams.ints(steps.count(255), largest - 255))
-        step = iter(one + (next(more) if one == 255 else 0) for one in steps)
-        for row, ranks in zip(units, inside, strict=True):
-            for _ in ranks:
+    for group in rank_groups(rank_start, rank_start + k):
+        counts = steps_in(lengths, rank_start, group)
+        short = streams.ints(sum(counts), 255)
+        more = iter(streams.ints(short.count(255), largest - 255))
+        step = iter(one + (next(more) if one == 255 else 0) for one in short)
+        for row, count in zip(units, counts, strict=True):
+            for _ in range(count):
                 row.append(row[-1] + next(step))
-        first = last
     require(all(row[-1] <= largest for row in units if row), "a log-prob below the lowest")
     return [[value(n) for n in row] for row in units], tails
 
@@ -777,7 +801,7 @@ def tolerance(encoding: str) -> float:
     code, parameter = ENCODINGS[encoding]
     if code < 2:
         return PROBABILITY_TOLERANCE
-    return PROBABILITY_TOLERANCE + math.expm1(0.5 / parameter if parameter else 1 / 256)
+    return math.exp(0.5 / parameter if parameter else 1 / 128) * (1 + PROBABILITY_TOLERANCE) - 1
 
 
 def check_support(
@@ -788,28 +812,28 @@ def check_support(
     all_ids: list[int] = []
     all_logprobs: list[float] = []
     all_draws: list[int] = []
-    for t, tail in enumerate(bands[-1][1][2]):
+    for t in range(len(bands[-1][1][2])):
         ids, logprobs, draws = [], [], []
-        start = 0
+        start, worst = 0, 0.0
         for end, (page_ids, page_logprobs, page_tails, page_draws) in bands:
             check_logprobs([page_tails[t]], "a tail", may_be_nothing=True)
             require(len(ids) == start or not page_ids[t], "an id after padding")
             ids += page_ids[t]
             logprobs += page_logprobs[t]
             draws += page_draws[t] if page_draws is not None else []
+            check_logprobs(logprobs, support)
+            worst = max(worst, math.fsum(map(math.exp, [*logprobs, page_tails[t]])))
             start = end
         if support == "topk":
             require(len(ids) == width or schema["cut"] is not None, "fewer ranks than K")
             require(len(ids) >= 1, "no rank")
-        check_logprobs(logprobs, support)
         require(len(set(ids)) == len(ids), "an id occurs twice")
         require(max(ids, default=0) < vocab_size, "an id outside the vocabulary")
         for j in range(1, len(ids)):
             falls = logprobs[j] < logprobs[j - 1]
             ties = logprobs[j] == logprobs[j - 1] and ids[j] > ids[j - 1]
             require(falls or ties, f"{support} is not in order")
-        total = math.fsum(map(math.exp, [*logprobs, tail]))
-        require(total <= 1 + tolerance(schema["encoding"]), f"probabilities sum to {total}")
+        require(worst <= 1 + tolerance(schema["encoding"]), f"probabilities sum to {worst}")
         require(all(draws), "an id that was not drawn")
         missing = width - len(ids)
         all_ids += ids + [NO_ID] * missing
@@ -832,8 +856,12 @@ def first_ranks(row: dict[str, Any], topk: int, ranks: int) -> tuple[list[int], 
         ids += row["topk_ids"][t * topk : t * topk + ranks]
         logprobs += position[:ranks]
         if ranks < end:
-            outside = math.fsum(map(math.exp, [tail, *position[ranks:end]]))
-            tail = min(0.0, math.log(outside)) if outside else -math.inf
+            parts = [tail, *position[ranks:end]]
+            largest = max(parts)
+            # Relative to the largest part, which exp() of all would otherwise round to nothing.
+            if largest > -math.inf:
+                total = math.fsum(math.exp(part - largest) for part in parts)
+                tail = min(0.0, largest + math.log(total))
         tails.append(tail)
     return ids, logprobs, tails
 

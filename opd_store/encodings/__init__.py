@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -72,14 +73,15 @@ def check_encoding(name: str) -> None:
 def value_tolerance(encoding: str) -> float:
     """How far the decoded probabilities of one position may exceed 1 in sum.
 
-    `plain` and `f32` keep what float32 allows; the others may add their largest error to every log-prob.
+    Writers refuse more than PROBABILITY_TOLERANCE. `plain` and `f32` keep that; the others may add their
+    largest error to every log-prob, which multiplies every probability by at most exp(error).
     """
     codec, parameter = _CODECS[encoding], _CODECS[encoding].NAMES[encoding]
     if codec is not ladder:
         return layout.PROBABILITY_TOLERANCE
-    # A float16 log-prob of a likely token is off by less than 2^-11 of itself; unlikely ones do not add up.
-    worst = 0.5 / parameter if parameter else 2.0**-8
-    return float(np.expm1(worst)) + layout.PROBABILITY_TOLERANCE
+    # float16 is off by 2^-11 of the log-prob, and the sum of p |log p| over 4,097 outcomes is below 8.4.
+    worst = 0.5 / parameter if parameter else 2.0**-7
+    return math.exp(worst) * (1 + layout.PROBABILITY_TOLERANCE) - 1
 
 
 def encode_pages(
@@ -196,6 +198,8 @@ def parse_page(
     if flags & layout.PAGE_RAGGED:
         counts = streams.ints(shape.n_positions, limit=shape.n_ranks, what="row lengths").astype(np.intp)
     table = id_table if flags & layout.PAGE_USES_TABLE else None
+    if flags & layout.PAGE_USES_TABLE and table is None:
+        raise FormatError(f"{where}: the page refers to an id table, and the cache has none")
     logprobs = codec.parse(streams, counts, shape, parameter=parameter)
     ids = parse_ids(streams, counts, shape, table)
     draws = None

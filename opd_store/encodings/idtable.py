@@ -42,6 +42,8 @@ class IdTable:
     """[V] every id once, the most frequent first."""
     lists: NDArray[np.uint32]
     """[C, 255] ids, distinct within a list."""
+    source: bytes | None = None
+    """The file it was read from: another release might compress the same table to other bytes."""
 
     @property
     def vocab_size(self) -> int:
@@ -105,6 +107,8 @@ class IdTable:
 
     def to_bytes(self) -> bytes:
         """The file that a cache keeps beside its shards."""
+        if self.source is not None:
+            return self.source
         streams = StreamWriter()
         streams.ints(self.by_rank)
         streams.ints(self.rank_of[self.lists])
@@ -136,7 +140,7 @@ class IdTable:
         in_order = np.sort(lists, axis=1)
         if (in_order[:, 1:] == in_order[:, :-1]).any():
             raise FormatError(f"{where}: a list names an id twice")
-        return cls(by_rank, lists)
+        return cls(by_rank, lists, data.tobytes())
 
 
 def build_id_table(

@@ -50,11 +50,13 @@ def decompress(frame: memoryview, n_bytes: int, *, where: str) -> Bytes:
     """
     try:
         found = zstandard.get_frame_parameters(frame)
-        # The declared size is what gets allocated, so it is compared before anything is decompressed.
-        if found.content_size != n_bytes or found.dict_id or found.has_checksum:
+        # The declared sizes are what gets allocated, so they are compared before anything is decompressed.
+        sizes_fit = found.content_size == n_bytes > 0 and found.window_size <= MAX_WINDOW
+        if not sizes_fit or found.dict_id or found.has_checksum:
             raise FormatError(
-                f"{where}: a zstd frame of {found.content_size} bytes (dictionary {found.dict_id}, checksum "
-                f"{found.has_checksum}), expected one of {n_bytes} without either"
+                f"{where}: a zstd frame of {found.content_size} bytes, window {found.window_size}, "
+                f"dictionary {found.dict_id}, checksum {found.has_checksum}; expected {n_bytes} bytes, more "
+                f"than none, a window of at most {MAX_WINDOW}, no dictionary and no checksum"
             )
         data = _zstd.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import struct
 
+import numpy as np
 import pytest
 from spec.spec_files import SPEC, VALID, reference
 
 import opd_store
 from opd_store import CacheSchema, encodings, layout, meta
-from opd_store.columns import USER_TYPES, arrow_schema
+from opd_store.encodings import PageShape, ids, idtable, planes
 from opd_store.index import ROLLOUT_TABLE, SHARD_TABLE
 from opd_store.manifest import encode_manifest
+from opd_store.schema import USER_TYPES, arrow_schema
 from opd_store.testing import example_meta
 
 LAYOUT = json.loads((SPEC / "layout.json").read_text())
@@ -89,7 +93,6 @@ def test_the_limits():
     for name, value in listed.items():
         assert getattr(reference, name) == value
     assert reference.PROBABILITY_TOLERANCE == layout.PROBABILITY_TOLERANCE
-    assert f"PROBABILITY_TOLERANCE ({layout.PROBABILITY_TOLERANCE})" in (SPEC / "columns.md").read_text()
 
 
 @pytest.mark.parametrize(("first", "schema"), [("sha256", SHARD_TABLE), ("rollout_hash", ROLLOUT_TABLE)])
@@ -102,14 +105,16 @@ def test_the_index_tables(first, schema):
 
 def test_the_columns():
     users = {"x_b": "utf8", "x_a": "bool"}
-    schema = arrow_schema(CacheSchema(topk=20, bands=(8, 20), user_columns=users))
-    assert schema == reference.shard_schema({"bands": [8, 20], "user_columns": users})
+    made = CacheSchema(topk=20, bands=(8, 20), chosen=5, sampled=6, user_columns=users)
+    schema = arrow_schema(made)
+    assert schema == reference.shard_schema(made.to_json())
     expected = []
     for name, kind, nulls, _ in table_with("columns.md", "rollout_hash"):
         if name == "*user columns*":
             expected += [("x_a", "bool", True), ("x_b", "string", True)]
         elif name == "*packed columns*":
-            expected += [("topk_0_8", kind, nulls == "yes"), ("topk_8_20", kind, nulls == "yes")]
+            names = ("topk_0_8", "topk_8_20", "chosen", "sampled")
+            expected += [(name, kind, nulls == "yes") for name in names]
         else:
             expected.append((name, kind, nulls == "yes"))
     assert [(field.name, str(field.type), field.nullable) for field in schema] == expected
@@ -121,10 +126,95 @@ def test_the_types_of_user_columns():
 
 
 def test_the_encodings():
-    listed = {int(code): name for code, name, *_ in table_with("encodings.md", "0", "plain")}
-    assert listed == {codec.CODE: codec.NAME for codec in encodings._CODECS}
-    for name in listed.values():
-        assert f"\n## {name}\n" in (SPEC / "encodings.md").read_text()
+    listed = [
+        (name, int(code), int(parameter))
+        for code, parameter, name, *_ in table_with("encodings.md", "0", "0")
+    ]
+    assert listed == [(name, c.CODE, c.NAMES[name]) for name, c in encodings._CODECS.items()]
+    assert listed == [(e["name"], e["code"], e["parameter"]) for e in LAYOUT["encodings"]]
+    assert [name for name, *_ in listed] == list(encodings.ENCODINGS) == list(reference.ENCODINGS)
+    assert all(reference.ENCODINGS[name] == (code, parameter) for name, code, parameter in listed)
+
+
+def test_the_bounds_of_encodings_hold():
+    """The errors of the table are those that the writer enforces."""
+    text = {row[2]: row[4] for row in table_with("encodings.md", "0", "0")}
+    for scale in (128, 64, 32):
+        bound = encodings.ladder.error_bound(np.float32([-1.0, -100.0]), scale)
+        assert bound.tolist() == [1 / (2 * scale)] * 2
+        assert text[f"ladder/{scale}"] == f"1/{2 * scale}"
+    assert encodings.ladder.error_bound(np.float32([-1.0, -0.0]), 0).tolist() == [2**-11, 2**-25]
+    assert text["ladder16"] == "2^-11 of its size, at least 2^-25"
+
+
+def test_the_tolerances():
+    listed = dict(table_with("columns.md", "plain, f32"))
+    assert listed["plain, f32"] == "PROBABILITY_TOLERANCE = 0.001"
+    assert listed["ladder16"] == "1.001 exp(1/128) - 1"
+    assert listed["ladder/s"] == "1.001 exp(1/(2 s)) - 1"
+    for name in encodings.ENCODINGS:
+        assert reference.tolerance(name) == pytest.approx(encodings.value_tolerance(name), rel=1e-12)
+    assert encodings.value_tolerance("ladder16") == pytest.approx(1.001 * math.exp(1 / 128) - 1)
+
+
+def test_the_flags_of_a_page():
+    flags = LAYOUT["page_flags"]
+    assert (flags["ragged"], flags["uses_table"]) == (layout.PAGE_RAGGED, layout.PAGE_USES_TABLE)
+    assert flags["ragged"] | flags["uses_table"] == layout.PAGE_FLAGS
+    assert flags["kind"] == 15 << layout.PAGE_KIND_SHIFT
+    assert sum(flags.values()) == 255
+    listed = {name: bits for bits, name, _ in table_with("format.md", "0", "ragged")}
+    assert listed == {"ragged": "0", "uses_table": "1", "reserved": "2, 3", "kind": "4 to 7"}
+    kinds = {"topk": layout.KIND_TOPK, "chosen": layout.KIND_CHOSEN, "sampled": layout.KIND_SAMPLED}
+    assert LAYOUT["kinds"] == kinds == reference.KINDS
+    named = {column.lower(): int(kind) for column, kind, _ in table_with("columns.md", "topk_START_END")}
+    assert named == {"topk_start_end": 0, "chosen": 1, "sampled": 2}
+
+
+def test_streams_and_id_tables():
+    found = {
+        "max_planes": planes.MAX_PLANES,
+        "size_bytes": 4,
+        "frame_flag": planes.ZSTD_FLAG,
+        "max_window": planes.MAX_WINDOW,
+    }
+    assert LAYOUT["streams"] == found
+    assert LAYOUT["ladder"]["max_units"] == encodings.ladder.MAX_UNITS
+    assert LAYOUT["ladder"]["max_half"] == encodings.ladder.MAX_HALF
+    assert LAYOUT["ladder"]["escape"] == encodings.ladder.ESCAPE
+    assert PageShape(0, 0, 4096, 1).rank_groups()[0] == (1, LAYOUT["ladder"]["first_cut"])
+    modes = {"as_they_are": ids.PLAIN, "by_frequency": ids.BY_FREQUENCY, "by_list": ids.BY_LIST}
+    assert LAYOUT["ids"] == {"modes": modes, "escape": idtable.ESCAPE}
+    table = LAYOUT["id_table"]
+    assert (table["list_length"], table["max_lists"]) == (idtable.LIST_LENGTH, idtable.MAX_LISTS)
+    assert idtable._HEADER.format == "<8sII"
+    rows = table_with("encodings.md", "0", "8", "bytes", "magic")
+    for row, entry in zip(rows, table["header"], strict=False):
+        assert row[:4] == [str(entry["offset"]), str(entry["size"]), entry["type"], entry["field"]]
+    assert table["header"][-1]["offset"] + table["header"][-1]["size"] == idtable._HEADER.size
+    prose = (SPEC / "encodings.md").read_text()
+    for number in (planes.MAX_WINDOW, idtable.MAX_LISTS, idtable.LIST_LENGTH):
+        assert str(number) in prose
+    assert reference.MAX_WINDOW == planes.MAX_WINDOW
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 8), (8, 64), (6, 20), (7, 9), (64, 4096), (15, 17)])
+def test_rank_groups(start, end):
+    groups = PageShape(0, start, end, 1).rank_groups()
+    assert groups == reference.rank_groups(start, end)
+    assert [rank for a, b in groups for rank in range(a, b)] == list(range(start + 1, end))
+    cuts = {8 << i for i in range(10)}
+    assert [a for a, _ in groups[1:]] == sorted(cut for cut in cuts if start + 1 < cut < end)
+
+
+def test_rank_groups_of_the_prose():
+    text = " ".join((SPEC / "encodings.md").read_text().split())
+    assert "Ranks [0, 8) have the group [1, 8)" in text
+    assert PageShape(0, 0, 8, 1).rank_groups() == [(1, 8)]
+    assert "ranks [8, 64) have [9, 16), [16, 32) and [32, 64)" in text
+    assert PageShape(0, 8, 64, 1).rank_groups() == [(9, 16), (16, 32), (32, 64)]
+    assert "ranks [6, 20) have [7, 8), [8, 16) and [16, 20)" in text
+    assert PageShape(0, 6, 20, 1).rank_groups() == [(7, 8), (8, 16), (16, 20)]
 
 
 def test_the_fields_of_a_manifest():
@@ -147,15 +237,41 @@ def test_the_fields_of_models_and_samplers():
             assert f"`{name}`" in section, name
 
 
-def test_the_worked_example_to_the_byte():
-    text = (SPEC / "format.md").read_text()
-    dump = "".join(re.findall(r"^[0-9a-f]{8}: ([0-9a-f ]+)$", text, re.MULTILINE)).replace(" ", "")
-    page = (VALID / "page-example.bin").read_bytes()
-    assert bytes.fromhex(dump) == page
-    rows = table_with("format.md", "`00` `00`")
-    assert "".join(re.findall("`([0-9a-f]+)`", " ".join(cell for cell, _ in rows))) == page.hex()
-    name = opd_store.rollout_hash([1, 2], "sha256:" + "5e" * 32).hex()
-    assert f"`{name}`" in text
+def examples() -> list[tuple[str, bytes, list[list[str]]]]:
+    """Every dump of the prose: name of the file, its bytes, and the table that explains them."""
+    found = []
+    for path in (SPEC / "format.md", SPEC / "encodings.md"):
+        text = path.read_text()
+        for match in re.finditer(r"```\n((?:[0-9a-f]{8}: [0-9a-f ]+\n)+)```\n\n((?:\|.*\n)+)", text):
+            before = re.findall(r"`valid/1\.0/(page-[a-z]+\.(?:bin|ids))`", text[: match.start()])
+            rows = [
+                [cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()[2:]
+            ]
+            dump = "".join(line.split(": ")[1] for line in match[1].splitlines())
+            found.append((before[-1] if before else "page-example.bin", bytes.fromhex(dump), rows))
+    return found
+
+
+def test_the_worked_examples_to_the_byte():
+    found = examples()
+    names = [
+        "page-example.bin",
+        "page-ladder.bin",
+        "page-frequency.ids",
+        "page-frequency.bin",
+        "page-lists.bin",
+    ]
+    # The last one names its table between itself and its dump.
+    assert [name.replace("page-lists.ids", "page-lists.bin") for name, *_ in found] == names
+    for name, (_, dump, rows) in zip(names, found, strict=True):
+        data = (VALID / name).read_bytes()
+        assert dump == data, name
+        assert "".join(re.findall("`([0-9a-f]+)`", " ".join(row[0] for row in rows))) == data.hex(), name
+    prose = (SPEC / "format.md").read_text() + (SPEC / "encodings.md").read_text()
+    for case in json.loads((VALID / "cases.json").read_text())["pages"]:
+        assert f"`{case['rollout_hash']}`" in prose
+    assert f"`{opd_store.rollout_hash([1, 2], 'sha256:' + '5e' * 32).hex()}`" in prose
+    assert f"`{hashlib.sha256((VALID / 'page-frequency.ids').read_bytes()).hexdigest()}`" in prose
 
 
 def test_the_example_of_a_rollout_hash():
@@ -191,12 +307,15 @@ def test_the_prose_keeps_its_rules(path):
 
 def test_every_vector_is_named_in_the_prose():
     text = " ".join(path.read_text() for path in PROSE)
-    wildcards = [found.removesuffix("*") for found in re.findall(r"`invalid/1\.0/([a-z]+-\*)`", text)]
+    wildcards = [found.removesuffix("*") for found in re.findall(r"`invalid/1\.0/([a-z0-9]+-\*)`", text)]
     for folder in ("valid", "invalid"):
         for name in json.loads((SPEC / f"vectors/{folder}/1.0/cases.json").read_text())["cases"]:
             named = re.search(rf"`(?:valid/1\.0/|invalid/1\.0/)?{name}`", text)
             assert named or any(name.startswith(start) for start in wildcards) or name == "minimal", name
-    for name in re.findall(r"`((?:manifest|index|shard|column|page)-[a-z-]+)`", text):
+    for name in re.findall(
+        r"`((?:manifest|meta|schema|segment|index|shard|column|page|plane|zstd|ladder|ids|table|value|ragged)-[a-z-]+)`",
+        text,
+    ):
         assert (SPEC / "vectors/invalid/1.0" / name).is_dir(), name
 
 
