@@ -107,5 +107,5 @@ def decode(
             )
         )
         start = end
-    band = pages_of.merge_bands(found, ranks)
+    band = pages_of.keep_ranks(pages_of.merge_bands(found), ranks)
     return band.ids.view(np.int32), band.logprob, band.log_tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from opd_store.encodings import (
     PageStreams,
     check_page_crc,
     decode_page,
+    keep_ranks,
     merge_bands,
     parse_page,
 )
@@ -31,6 +33,18 @@ SUPPORT_FIELDS = tuple(name for fields in SUPPORTS.values() for name in fields i
 _ALWAYS = {"token_ids", "prompt_len"}
 
 
+class Proven:
+    """Which values of a record batch were found possible so far; outlives the view of it."""
+
+    def __init__(self) -> None:
+        self.native = False
+        self._rows: dict[tuple[str, int], set[int]] = {}
+
+    def rows(self, kind: str, ranks: int) -> set[int]:
+        """Rows whose first `ranks` ranks, with the tail outside them, are possible."""
+        return self._rows.setdefault((kind, ranks), set())
+
+
 class BatchView:
     """Rows of one record batch. R = response tokens of a row, P = positions of a page = R."""
 
@@ -41,15 +55,14 @@ class BatchView:
         *,
         vocab_size: int,
         id_table: IdTable | None = None,
-        proven: NDArray[np.uint16] | None = None,
+        proven: Proven | None = None,
         where: str,
     ) -> None:
         """Find the buffers and check that all lengths agree.
 
         Args:
             id_table: what the ids of packed pages may refer to.
-            proven: [rows] ranks of each row whose values were found possible, so far; further ones are
-                checked when they are read, and noted here. None checks no values.
+            proven: what was checked before; the rest is when it is read, and noted here. None checks nothing.
             where: names file and record batch in errors.
 
         Raises:
@@ -75,8 +88,9 @@ class BatchView:
         hashes = _values(batch.column("rollout_hash"), np.uint8)
         self.hashes = hashes[: self.n_rows * layout.HASH_BYTES].reshape(self.n_rows, layout.HASH_BYTES)
         self._check_lengths()
-        if proven is not None and not proven.any():
+        if proven is not None and not proven.native:
             self._check_native()
+            proven.native = True
 
     def _check_native(self) -> None:
         """Values of all rows at once; what depends on pages is checked row by row when it is read."""
@@ -84,12 +98,13 @@ class BatchView:
         for name in LOGPROB_LISTS:
             problem = problem or logprobs_problem(name, self._items[name])
         if problem is not None:
-            name, expected, found, at = problem
-            row = int(np.searchsorted(self._offsets[name], at, side="right")) - 1
-            self._refuse(row, (name, expected, found, at - int(self._offsets[name][row])))
+            self._refuse_item(*problem)
         for row, reason in enumerate(self._batch.column("finish_reason").to_pylist()):
             if reason not in FINISH_REASONS:
                 self._refuse(row, ("finish_reason", f"one of {', '.join(FINISH_REASONS)}", repr(reason), -1))
+        for row, reward in enumerate(self._batch.column("reward").to_pylist()):
+            if reward is not None and not math.isfinite(reward):
+                self._refuse(row, ("reward", "a finite number", reward, -1))
 
     def _refuse(self, row: int, problem: Problem) -> NoReturn:
         name, expected, found, at = problem
@@ -99,6 +114,11 @@ class BatchView:
             row=row,
             column=name,
         )
+
+    def _refuse_item(self, name: str, expected: str, found: object, at: int) -> NoReturn:
+        """Refuse item `at` of all rows of a list column end to end."""
+        row = int(np.searchsorted(self._offsets[name], at, side="right")) - 1
+        self._refuse(row, (name, expected, found, at - int(self._offsets[name][row])))
 
     def _check_lengths(self) -> None:
         response_len = np.diff(self._offsets["token_ids"]) - self.prompt_len
@@ -118,10 +138,10 @@ class BatchView:
                     row=row,
                     column=name,
                 )
-        if (self._items["loss_mask"] > 1).any():
-            raise FormatError(
-                f"{self.where}, column loss_mask: a value other than 0 and 1", column="loss_mask"
-            )
+        wrong = self._items["loss_mask"] > 1
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            self._refuse_item("loss_mask", "0 or 1", self._items["loss_mask"][at], at)
 
     def list_row(self, name: str, row: int) -> NDArray[Any] | None:
         """One row of a list column as a view, None where absent."""
@@ -137,8 +157,10 @@ class BatchView:
             FormatError: a page that breaks the specification, or values that are not possible.
         """
         wanted = self._schema.topk if ranks is None else ranks
-        bands = [self._decoded(column, row) for column in self._schema.topk_columns(wanted)]
-        return self._proved("topk", merge_bands(bands, wanted), row, wanted)
+        columns = self._schema.topk_columns(wanted)
+        whole = merge_bands([self._decoded(column, row) for column in columns])
+        self._prove("topk", columns[-1].rank_end, whole, row)
+        return keep_ranks(whole, wanted)
 
     def check_inner_bands(self, row: int) -> None:
         """Prove what a reader of fewer ranks would get: each band carries a tail of its own."""
@@ -148,12 +170,15 @@ class BatchView:
     def support(self, kind: str, row: int) -> Band:
         """The ids of one row that were "chosen" or "sampled". Errors as for `topk`."""
         (column,) = self._schema.support_columns(kind)
-        return self._proved(kind, self._decoded(column, row), row, self._schema.topk)
+        band = self._decoded(column, row)
+        self._prove(kind, column.rank_end, band, row)
+        return band
 
     def page_streams(self, row: int, ranks: int | None = None) -> list[PageStreams]:
         """Like `topk`, but for somebody else to put together; values are proven first."""
         wanted = self._schema.topk if ranks is None else ranks
-        if self._proven is not None and self._proven[row] < wanted:
+        columns = self._schema.topk_columns(wanted)
+        if self._proven is not None and row not in self._proven.rows("topk", columns[-1].rank_end):
             self.topk(row, wanted)
         return [
             parse_page(
@@ -163,7 +188,7 @@ class BatchView:
                 id_table=self._id_table,
                 where=f"{self.where}, row {row}, column {column.name}",
             )
-            for column in self._schema.topk_columns(wanted)
+            for column in columns
         ]
 
     def _shape(self, column: PackedColumn, row: int) -> PageShape:
@@ -178,14 +203,11 @@ class BatchView:
             where=f"{self.where}, row {row}, column {column.name}",
         )
 
-    def _proved(self, kind: str, band: Band, row: int, ranks: int) -> Band:
-        """The band, after its first read has shown that its values are possible."""
-        if self._proven is None or (kind == "topk" and self._proven[row] >= ranks):
-            return band
-        self._require_possible(kind, band, row)
-        if kind == "topk":
-            self._proven[row] = ranks
-        return band
+    def _prove(self, kind: str, ranks: int, band: Band, row: int) -> None:
+        """Show at the first read that the values are possible; each band has a tail of its own."""
+        if self._proven is not None and row not in (proven := self._proven.rows(kind, ranks)):
+            self._require_possible(kind, band, row)
+            proven.add(row)
 
     def _require_possible(self, kind: str, band: Band, row: int) -> None:
         problem = support_problem(

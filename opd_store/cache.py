@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView
+from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView, Proven
 from opd_store.encodings import IdTable, PageStreams
-from opd_store.errors import CacheNotFoundError, FormatError, IntegrityError, InvalidArgumentError
+from opd_store.errors import CacheNotFoundError, IntegrityError, InvalidArgumentError
 from opd_store.index import FileRef, RolloutTable, SegmentRef, decode_shard_table
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
@@ -104,7 +103,7 @@ class Cache(Sequence[Rollout]):
         self._readers: dict[int, ShardReader] = {}
         self._batches: OrderedDict[int, BatchView] = OrderedDict()
         self._tables: dict[int, RolloutTable] = {}
-        self._proven: dict[int, NDArray[np.uint16]] = {}
+        self._proven: dict[int, Proven] = {}
         self.id_table = self._load_id_table()
         """What the ids of packed pages may refer to; None if there is none. Other caches may use it too."""
 
@@ -308,9 +307,7 @@ class Cache(Sequence[Rollout]):
             shard, batch = self._batch_at[number]
             where = f"{self._storage.describe(self._shards[shard].path)}, record batch {batch}"
             arrow_batch = self.shard_reader(shard).batch(batch)
-            proven = None
-            if self._check_values:
-                proven = self._proven.setdefault(number, np.zeros(arrow_batch.num_rows, np.uint16))
+            proven = self._proven.setdefault(number, Proven()) if self._check_values else None
             view = BatchView(
                 arrow_batch,
                 self.schema,
@@ -371,12 +368,8 @@ class Cache(Sequence[Rollout]):
         if ref is None:
             return None
         where = self._storage.describe(ref.path)
-        table = IdTable.from_bytes(np.frombuffer(self._load_index_file(ref), np.uint8), where=where)
-        if table.vocab_size != self.meta.vocab_size:
-            raise FormatError(
-                f"{where}: id table of {table.vocab_size} ids, the vocabulary has {self.meta.vocab_size}"
-            )
-        return table
+        data = np.frombuffer(self._load_index_file(ref), np.uint8)
+        return IdTable.from_bytes(data, vocab_size=self.meta.vocab_size, where=where)
 
     def _load_index_file(self, ref: FileRef) -> pa.Buffer:
         buffer = self._storage.map(ref.path)

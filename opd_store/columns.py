@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.encodings import Band, IdTable, Unencodable, encode_pages
+from opd_store.encodings import Band, EncodedPages, IdTable, Unencodable, encode_pages
 from opd_store.errors import InvalidRolloutError
 from opd_store.rollout import SUPPORTS, Rollout, Scalar, is_text
 from opd_store.schema import RESPONSE_LISTS, TOKEN_LISTS, CacheSchema, Cut, PackedColumn, arrow_schema
@@ -34,8 +35,11 @@ class BatchBuilder:
     def __len__(self) -> int:
         return len(self._values["rollout_hash"])
 
-    def add(self, rollout: Rollout, rollout_hash: bytes) -> None:
+    def add(self, rollout: Rollout, rollout_hash: bytes) -> NDArray[np.uint32] | None:
         """Encode one rollout that `rollout.checked` passed.
+
+        Returns:
+            [R, K] top-k ids as they will be read, None without top-k.
 
         Raises:
             InvalidRolloutError: an undeclared user column, or a value that does not fit its column.
@@ -55,8 +59,16 @@ class BatchBuilder:
             value = getattr(rollout, name)
             item_type = (TOKEN_LISTS | RESPONSE_LISTS)[name].to_pandas_dtype()
             row[name] = None if value is None else np.array(value, item_type, copy=True)
+        topk_ids, max_error = None, self.max_error
         for kind in SUPPORTS:
-            for column, page in self._pages(kind, rollout, rollout_hash):
+            columns = self._schema.support_columns(kind)
+            if not columns:
+                continue
+            encoded = self._encoded(kind, columns, rollout, rollout_hash)
+            max_error = max(max_error, encoded.max_error)
+            if kind == "topk":
+                topk_ids = encoded.ids
+            for column, page in zip(columns, encoded.pages, strict=True):
                 if len(page) > layout.MAX_PAGE_BYTES:
                     raise _invalid(
                         rollout, column.name, f"a page of at most {layout.MAX_PAGE_BYTES} bytes", len(page)
@@ -76,11 +88,12 @@ class BatchBuilder:
         for name, value in row.items():
             self._values[name].append(value)
         self.n_bytes += n_bytes
+        self.max_error = max_error
+        return topk_ids
 
-    def _pages(self, kind: str, rollout: Rollout, rollout_hash: bytes) -> list[tuple[PackedColumn, bytes]]:
-        columns = self._schema.support_columns(kind)
-        if not columns:
-            return []
+    def _encoded(
+        self, kind: str, columns: list[PackedColumn], rollout: Rollout, rollout_hash: bytes
+    ) -> EncodedPages:
         ids_field, logprob_field, tail_field, draws_field = SUPPORTS[kind]
         support = Band(
             getattr(rollout, ids_field),
@@ -98,7 +111,7 @@ class BatchBuilder:
                 rollout, ids_field, f"at most {limit} response tokens a page", rollout.response_len
             )
         try:
-            encoded = encode_pages(
+            return encode_pages(
                 support,
                 encoding=self._schema.encoding,
                 kind=columns[0].kind,
@@ -107,10 +120,9 @@ class BatchBuilder:
                 id_table=self.id_table,
             )
         except Unencodable as error:
-            position, expected, found = error.args
-            raise _invalid(rollout, logprob_field, expected, found, position) from error
-        self.max_error = max(self.max_error, encoded.max_error)
-        return list(zip(columns, encoded.pages, strict=True))
+            is_tail, position, expected, found = error.args
+            name = tail_field if is_tail else logprob_field
+            raise _invalid(rollout, name, expected, found, position) from error
 
     def _user_values(self, rollout: Rollout) -> dict[str, Scalar | None]:
         unknown = rollout.extra.keys() - self._schema.user_columns.keys()

@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
+from opd_store.arrow_message import check_record_batch, record_batches
 from opd_store.errors import FormatError
 from opd_store.shard import Region, ShardInfo, check_regions, require_in_place, require_no_nulls
 
@@ -195,6 +196,10 @@ def _encode(schema: pa.Schema, columns: list[Any]) -> bytes:
 
 def _decode(buffer: pa.Buffer, schema: pa.Schema, where: str) -> pa.RecordBatch:
     try:
+        # Before Arrow makes anything of it: one record batch, and nothing compressed.
+        blocks = record_batches(buffer)
+        if len(blocks) == 1:
+            check_record_batch(buffer.slice(*blocks[0]))
         reader = pa.ipc.open_file(buffer)
         if not reader.schema.equals(schema, check_metadata=True) or reader.num_record_batches != 1:
             raise FormatError(f"{where}: not an index file of this format: {reader.schema!s:.200}")

@@ -65,7 +65,9 @@ MAX_TEXT_BYTES = 4096
 """UTF-8 bytes of one sample_id, label, finish_reason or text user column value."""
 
 PROBABILITY_TOLERANCE = 1e-3
-"""How far the stored probabilities of one position may exceed 1 in sum: float32 log-probs of 4,096 ranks."""
+"""How far the probabilities of one position may exceed 1 in sum: float32 log-probs of 4,096 ranks."""
+READER_SLACK = 1e-6
+"""What readers allow beyond that, since tails of inner bands are summed and rounded by the writer."""
 
 
 def manifest_path(sequence: int) -> str:

@@ -106,12 +106,12 @@ class CacheSchema:
                 )
         if self.topk == 0 and (self.bands or self.cut):
             raise InvalidArgumentError(
-                f"bands, cut: expected none for topk=0, found {self.bands}, {self.cut}"
+                f"bands, cut: expected none for topk=0, found {self.bands!s:.100}, {self.cut}"
             )
         rising = all(a < b for a, b in zip((0, *self.bands), self.bands, strict=False))
         if self.topk and (not self.bands or self.bands[-1] != self.topk or not rising):
             raise InvalidArgumentError(
-                f"bands: expected rising ends, the last one {self.topk}, found {self.bands}"
+                f"bands: expected rising ends, the last one {self.topk}, found {self.bands!s:.100}"
             )
         temperature = self.sampled_temperature
         usual = self.sampled > 0 or temperature == 1.0

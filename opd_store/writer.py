@@ -158,9 +158,9 @@ class Writer:
         if self._sample is not None and self._sample.is_full:
             self._builder.id_table = self._sample.build(self.meta.vocab_size)
             self._sample = None
-        self._builder.add(rollout, name)
-        if self._sample is not None:
-            self._sample.add(rollout)
+        stored_ids = self._builder.add(rollout, name)
+        if self._sample is not None and stored_ids is not None:
+            self._sample.add(stored_ids)
         self._pending.add(key)
         if self._builder.n_bytes >= self._batch_bytes:
             self._write_batch()
@@ -284,6 +284,8 @@ class Writer:
         if mine is None:
             # Pages written so far refer to none, and later ones may as well refer to this one.
             self._builder.id_table = theirs
+            if theirs is not None:
+                self._sample = None
         elif theirs is not None and mine.digest != theirs.digest:
             raise CommitConflictError(
                 f"{other.uri}: version {other.version}, by another writer, has another id table. "
@@ -343,18 +345,18 @@ class _IdSample:
     def is_full(self) -> bool:
         return self._positions >= TABLE_POSITIONS
 
-    def add(self, rollout: Rollout) -> None:
-        assert rollout.topk_ids is not None
+    def add(self, stored_ids: NDArray[np.uint32]) -> None:
         if not self.is_full:
-            self._blocks.append(rollout.topk_ids)
-            self._positions += len(rollout.topk_ids)
+            self._blocks.append(stored_ids)
+            self._positions += len(stored_ids)
 
     def take_from(self, base: Cache) -> None:
         """Begin with what was committed, so that a writer that was killed goes on to the same table."""
         for rollout in base.scan(columns=("topk_ids",)):
             if self.is_full:
                 return
-            self.add(rollout)
+            assert rollout.topk_ids is not None
+            self.add(rollout.topk_ids)
 
     def build(self, vocab_size: int) -> IdTable:
         return build_id_table(self._blocks, vocab_size=vocab_size)

@@ -37,6 +37,7 @@ MAX_TEXT_BYTES = 4096
 MAX_DECODED_BYTES = 67108864
 MAX_ID_TABLE_BYTES = 67108864
 PROBABILITY_TOLERANCE = 0.001
+READER_SLACK = 0.000001
 
 # format.md, section 2
 FORMAT = "FormatError"
@@ -797,11 +798,12 @@ def check_row(row: dict[str, Any], manifest: dict[str, Any], table: IdTable | No
 
 
 def tolerance(encoding: str) -> float:
-    """Section 4, rule 5."""
+    """Section 4, rule 6."""
     code, parameter = ENCODINGS[encoding]
+    exact = PROBABILITY_TOLERANCE + READER_SLACK
     if code < 2:
-        return PROBABILITY_TOLERANCE
-    return math.exp(0.5 / parameter if parameter else 1 / 128) * (1 + PROBABILITY_TOLERANCE) - 1
+        return exact
+    return math.exp(0.5 / parameter if parameter else 1 / 128) * (1 + exact) - 1
 
 
 def check_support(

@@ -39,6 +39,7 @@ __all__ = [
     "decode_page",
     "encode_pages",
     "fold_tail",
+    "keep_ranks",
     "merge_bands",
     "parse_page",
     "value_tolerance",
@@ -50,7 +51,7 @@ ENCODINGS = tuple(_CODECS)
 
 
 class Unencodable(Exception):
-    """A value that an encoding cannot hold within its error bound: (position, expected, found)."""
+    """A value that an encoding cannot hold: (whether it is a tail, position, expected, found)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class EncodedPages:
     """The pages of one rollout, and how far their values are from those given."""
 
     pages: list[bytes]
+    ids: NDArray[np.uint32]
+    """[P, K] in stored order."""
     max_error: float
     """Nats, over log-probs and tails, found by decoding the pages."""
 
@@ -73,15 +76,17 @@ def check_encoding(name: str) -> None:
 def value_tolerance(encoding: str) -> float:
     """How far the decoded probabilities of one position may exceed 1 in sum.
 
-    Writers refuse more than PROBABILITY_TOLERANCE. `plain` and `f32` keep that; the others may add their
-    largest error to every log-prob, which multiplies every probability by at most exp(error).
+    Writers refuse more than PROBABILITY_TOLERANCE. `plain` and `f32` keep that, but for the rounding of the
+    tails of inner bands; the others may add their largest error to every log-prob, which multiplies every
+    probability by at most exp(error).
     """
     codec, parameter = _CODECS[encoding], _CODECS[encoding].NAMES[encoding]
+    exact = layout.PROBABILITY_TOLERANCE + layout.READER_SLACK
     if codec is not ladder:
-        return layout.PROBABILITY_TOLERANCE
+        return exact
     # float16 is off by 2^-11 of the log-prob, and the sum of p |log p| over 4,097 outcomes is below 8.4.
     worst = 0.5 / parameter if parameter else 2.0**-7
-    return math.exp(worst) * (1 + layout.PROBABILITY_TOLERANCE) - 1
+    return math.exp(worst) * (1 + exact) - 1
 
 
 def encode_pages(
@@ -110,6 +115,7 @@ def encode_pages(
     codec = _CODECS[encoding]
     parameter = codec.NAMES[encoding]
     if codec is not plain:
+        _require_encodable(support, codec, encoding)
         support = _in_decoded_order(support, codec.quantise(support.logprob, parameter))
     pages = []
     start, max_error = 0, 0.0
@@ -134,7 +140,7 @@ def encode_pages(
             max_error = max(max_error, _largest_error(band, decoded, codec, parameter, encoding))
         pages.append(page)
         start = end
-    return EncodedPages(pages, max_error)
+    return EncodedPages(pages, support.ids, max_error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,23 +248,32 @@ def _in_decoded_order(support: Band, decoded: NDArray[np.float32]) -> Band:
     )
 
 
+def _require_encodable(support: Band, codec: ModuleType, encoding: str) -> None:
+    """Raise Unencodable where a value is further from what would be decoded than the encoding allows."""
+    parameter = codec.NAMES[encoding]
+    for is_tail, given in enumerate((support.logprob, support.log_tail[:, None])):
+        finite = np.isfinite(given)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(given.astype(np.float64) - codec.quantise(np.where(finite, given, 0), parameter))
+        wrong = (finite & (error > codec.error_bound(given, parameter))).any(axis=1)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            lowest = float(given[at].min(where=finite[at], initial=0.0))
+            raise Unencodable(bool(is_tail), at, f"a value that {encoding} can hold (f32 holds any)", lowest)
+
+
 def _largest_error(band: Band, decoded: Band, codec: ModuleType, parameter: int, encoding: str) -> float:
-    """Compare a page with what it was made of; raise Unencodable where it is further off than declared."""
+    """How far a decoded page is from what it was made of. A page that is further off is our mistake."""
     assert np.array_equal(band.ids, decoded.ids), f"{encoding} changed an id"
     if band.draws is not None and decoded.draws is not None:
         assert np.array_equal(band.draws, decoded.draws), f"{encoding} changed a number of draws"
     largest = 0.0
-    pairs = ((band.logprob, decoded.logprob), (band.log_tail[:, None], decoded.log_tail[:, None]))
-    for given, found in pairs:
+    for given, found in ((band.logprob, decoded.logprob), (band.log_tail, decoded.log_tail)):
         finite = np.isfinite(given)
-        with np.errstate(invalid="ignore"):
-            error = np.abs(given.astype(np.float64) - found)
-        wrong = np.where(finite, error > codec.error_bound(given, parameter), given != found).any(axis=1)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            worst = float(given[at].min(where=finite[at], initial=0.0))
-            raise Unencodable(at, f"log-probs that {encoding} can hold", f"{worst:g}; f32 holds any")
-        largest = max(largest, float(error.max(where=finite, initial=0.0)))
+        error = np.abs(given[finite].astype(np.float64) - found[finite])
+        assert (error <= codec.error_bound(given[finite], parameter)).all(), f"{encoding} missed its bound"
+        assert np.array_equal(given[~finite], found[~finite]), f"{encoding} changed an infinite value"
+        largest = max(largest, float(error.max(initial=0.0)))
     return largest
 
 
@@ -273,17 +288,20 @@ def _padded(
     return padded
 
 
-def merge_bands(bands: list[Band], ranks: int) -> Band:
-    """Ranks [0, ranks) out of consecutive bands that hold at least so many. One band stays a view."""
+def merge_bands(bands: list[Band]) -> Band:
+    """Consecutive bands from the first one on, side by side. One band stays a view."""
     if len(bands) == 1:
-        whole = bands[0]
-    else:
-        ids = np.concatenate([band.ids for band in bands], axis=1)
-        logprob = np.concatenate([band.logprob for band in bands], axis=1)
-        whole = Band(ids, logprob, bands[-1].log_tail)
-    if ranks == whole.ids.shape[1]:
-        return whole
-    return Band(whole.ids[:, :ranks], whole.logprob[:, :ranks], fold_tail(whole, ranks))
+        return bands[0]
+    ids = np.concatenate([band.ids for band in bands], axis=1)
+    logprob = np.concatenate([band.logprob for band in bands], axis=1)
+    return Band(ids, logprob, bands[-1].log_tail)
+
+
+def keep_ranks(band: Band, ranks: int) -> Band:
+    """The first ranks as views; the others join the tail."""
+    if ranks == band.ids.shape[1]:
+        return band
+    return Band(band.ids[:, :ranks], band.logprob[:, :ranks], fold_tail(band, ranks))
 
 
 def fold_tail(band: Band, ranks: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

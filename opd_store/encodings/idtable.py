@@ -31,7 +31,7 @@ _SMOOTHING = 8
 """How many rows of average content are added to a list's own rows when its ids are ranked."""
 # Bits of a code, times ten: measured lengths, close to 4 + 0.6 log2(code + 4), and 16.5 for an escape.
 _CODE_COST = np.rint(10 * np.append(4 + 0.6 * np.log2(np.arange(LIST_LENGTH) + 4.0), 16.5)).astype(np.uint8)
-_CHUNK = 256
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,9 @@ class IdTable:
         """[P] the list that codes each row of `ids` [P, k] in the fewest bits; padding is free."""
         row_of, _ = self._codes
         best = np.empty(len(ids), np.intp)
-        for start in range(0, len(ids), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        step = max(1, _CHUNK_BYTES // (ids.shape[1] * max(len(self.lists), 1)))
+        for start in range(0, len(ids), step):
+            chunk = slice(start, start + step)
             if present is None:
                 costs = self._costs[row_of[ids[chunk]]].sum(axis=1, dtype=np.uint32)
             else:
@@ -115,19 +116,25 @@ class IdTable:
         return _HEADER.pack(layout.ID_TABLE_MAGIC, self.vocab_size, len(self.lists)) + streams.body()
 
     @classmethod
-    def from_bytes(cls, data: Bytes, *, where: str) -> IdTable:
+    def from_bytes(cls, data: Bytes, *, vocab_size: int | None = None, where: str) -> IdTable:
         """Read what `to_bytes` wrote.
 
+        Args:
+            vocab_size: what V has to be; None takes any.
+
         Raises:
-            FormatError: not a table, or one that names an id twice.
+            FormatError: not a table, one that names an id twice, or one of another vocabulary.
         """
         if len(data) < _HEADER.size:
             raise FormatError(f"{where}: id table of {len(data)} bytes, shorter than its header")
-        magic, vocab_size, n_lists = _HEADER.unpack_from(data)
+        magic, found_size, n_lists = _HEADER.unpack_from(data)
         if magic != layout.ID_TABLE_MAGIC:
             raise FormatError(f"{where}: not an id table: it starts with {magic!r}")
-        if not 1 <= vocab_size <= layout.MAX_VOCAB or n_lists > MAX_LISTS:
-            raise FormatError(f"{where}: id table of {vocab_size} ids and {n_lists} lists")
+        if vocab_size not in (None, found_size):
+            raise FormatError(f"{where}: id table of {found_size} ids, the vocabulary has {vocab_size}")
+        if not 1 <= found_size <= layout.MAX_VOCAB or n_lists > MAX_LISTS:
+            raise FormatError(f"{where}: id table of {found_size} ids and {n_lists} lists")
+        vocab_size = found_size
         if n_lists and vocab_size < LIST_LENGTH:
             raise FormatError(f"{where}: lists of {LIST_LENGTH} out of {vocab_size} ids")
         streams = StreamReader(data[_HEADER.size :], where=where)
@@ -158,7 +165,11 @@ def build_id_table(
         InvalidArgumentError: no rows, ids outside the vocabulary, or too many lists.
     """
     blocks = [np.ascontiguousarray(block, np.uint32) for block in rows if len(block)]
-    if not blocks or len({block.shape[1] for block in blocks}) != 1:
+    if (
+        not blocks
+        or {block.ndim for block in blocks} != {2}
+        or len({block.shape[1] for block in blocks}) != 1
+    ):
         raise InvalidArgumentError("rows: expected at least one row, all of the same number of ranks")
     ids = np.concatenate(blocks)
     present = ids != layout.NO_ID
@@ -173,10 +184,13 @@ def build_id_table(
     if n_lists == 0 or vocab_size < LIST_LENGTH:
         return IdTable(by_rank, np.empty((0, LIST_LENGTH), np.uint32))
     # Rows with the same most likely id start together; the rest joins whatever suits it in the first round.
-    seeds = np.argsort(-np.bincount(ids[:, 0], minlength=vocab_size), kind="stable")[:n_lists]
+    has_first = present[:, 0]
+    firsts = np.bincount(ids[has_first, 0], minlength=vocab_size)
+    seeds = np.argsort(-firsts, kind="stable")[:n_lists]
     assigned = np.full(vocab_size, -1, np.intp)
     assigned[seeds] = np.arange(len(seeds))
-    choice = assigned[ids[:, 0]]
+    choice = np.full(len(ids), -1, np.intp)
+    choice[has_first] = assigned[ids[has_first, 0]]
     table = IdTable(by_rank, _ranked_lists(ids, present, choice, counts, by_rank, n_lists))
     for _ in range(_ROUNDS):
         choice = table.choose(ids, None if present.all() else present)

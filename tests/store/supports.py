@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -72,7 +74,9 @@ def supports(draw: st.DrawFn, kind: str = "topk", *, ragged: bool = False) -> Ba
     if kind != "sampled":
         return band
     draws = rng.integers(1, draw(st.sampled_from([2, 300, 2**32 - 1])), band.ids.shape, np.uint32)
-    return Band(band.ids, band.logprob, band.log_tail, np.where(band.ids == layout.NO_ID, np.uint32(0), draws))
+    return Band(
+        band.ids, band.logprob, band.log_tail, np.where(band.ids == layout.NO_ID, np.uint32(0), draws)
+    )
 
 
 def band_ends(size: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -161,7 +165,22 @@ def assert_decoded(found: Band, given: Band, encoding: str) -> None:
 
 
 def naive_tail(band: Band, ranks: int) -> NDArray[np.float64]:
-    """[P] log of the probability outside the first `ranks`, summed in the plainest way."""
-    outside = np.exp(band.logprob[:, ranks:].astype(np.float64)).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        return np.log(outside + np.exp(band.log_tail.astype(np.float64)))
+    """[P] log of the probability outside the first `ranks`, at most 0, one position at a time."""
+    tails = []
+    for row, tail in zip(band.logprob[:, ranks:].tolist(), band.log_tail.tolist(), strict=True):
+        outside = [value for value in (*row, tail) if value != -math.inf]
+        largest = max(outside, default=-math.inf)
+        # Relative to the largest, since exp() of -746 and less is 0.
+        total = math.fsum(math.exp(value - largest) for value in outside)
+        tails.append(min(largest + math.log(total), 0.0) if outside else -math.inf)
+    return np.array(tails)
+
+
+def in_order_of(band: Band, ids: NDArray[np.uint32]) -> Band:
+    """The same values where the same ids stand in another order, padding last."""
+    lookups = [dict(zip(*rows, strict=True)) for rows in zip(band.ids.tolist(), band.logprob, strict=True)]
+    values = [
+        [lookup[token] if token != layout.NO_ID else -np.inf for token in row]
+        for lookup, row in zip(lookups, ids.tolist(), strict=True)
+    ]
+    return Band(ids, np.array(values, np.float32), band.log_tail)

@@ -1,4 +1,4 @@
-"""Every encoding, kind of support, band and id table: what a page holds is what was given, within its bound."""
+"""Pages of every encoding, kind, band and id table hold what was given, within their bound."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ from store.supports import (
     band_ends,
     decode,
     encode,
+    in_order_of,
     largest_error,
     naive_tail,
 )
 
 import opd_store
 from opd_store import ENCODINGS, layout
-from opd_store.encodings import Band, PageShape, check_page_crc, decode_page, encode_pages, merge_bands
+from opd_store.encodings import (
+    Band,
+    PageShape,
+    check_page_crc,
+    decode_page,
+    encode_pages,
+    keep_ranks,
+    merge_bands,
+)
 from opd_store.encodings.page import seal_page
 from opd_store.errors import FormatError
 from opd_store.testing import example_meta, peaked_topk
@@ -48,7 +57,7 @@ def test_a_support_comes_back(encoding, kind, ragged, data):
     given_band = data.draw(supports.supports(kind, ragged=ragged))
     table = TABLES[data.draw(st.sampled_from(sorted(TABLES)))]
     n_positions, size = given_band.ids.shape
-    pages, max_error = encode(given_band, encoding, kind=kind, table=table)
+    pages, _ = encode(given_band, encoding, kind=kind, table=table)
     (found,) = decode(pages, encoding, n_positions, kind=kind, bands=(size,), table=table)
     assert_decoded(found, given_band, encoding)
     for page in pages:
@@ -70,9 +79,6 @@ def test_a_support_comes_back(encoding, kind, ragged, data):
     again, second_error = encode(found, encoding, kind=kind, table=table)
     assert again == pages
     assert second_error == 0
-    assert 0 <= max_error <= largest_error(encoding, given_band.logprob.min(initial=-1, keepdims=True)).max(
-        initial=largest_error(encoding, np.where(np.isinf(given_band.log_tail), 0, given_band.log_tail)).max()
-    ) * (1 if encoding != "ladder16" else 2)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -85,11 +91,12 @@ def test_bands_are_read_alone_and_joined(encoding, data, ragged):
     ends = data.draw(band_ends(size))
     pages, _ = encode(given_band, encoding, bands=ends, table=table)
     bands = decode(pages, encoding, n_positions, bands=ends, table=table)
-    whole = merge_bands(bands, size)
+    whole = keep_ranks(merge_bands(bands), size)
     assert_decoded(whole, given_band, encoding)
+    sorted_band = in_order_of(given_band, whole.ids)
     for end, band in zip(ends, bands, strict=True):
         # The band's own tail is that of the values given, within the bound and one rounding to float32.
-        given_tail = np.minimum(naive_tail(given_band, end), 0)
+        given_tail = naive_tail(sorted_band, end)
         empty = np.isneginf(given_tail)
         assert (np.isneginf(band.log_tail) == empty).all()
         error = np.abs(band.log_tail[~empty] - given_tail[~empty])
@@ -99,7 +106,7 @@ def test_bands_are_read_alone_and_joined(encoding, data, ragged):
     if len(ends) == 1:
         return
     again, _ = encode(whole, encoding, bands=ends, table=table)
-    same = merge_bands(decode(again, encoding, n_positions, bands=ends, table=table), size)
+    same = keep_ranks(merge_bands(decode(again, encoding, n_positions, bands=ends, table=table)), size)
     for name in ("ids", "logprob", "log_tail"):
         assert getattr(same, name).tobytes() == getattr(whole, name).tobytes()
     assert again[-1] == pages[-1]
@@ -114,14 +121,14 @@ def test_few_ranks_are_a_prefix_and_the_rest_joins_the_tail(encoding, data, ragg
     ends = data.draw(band_ends(size))
     pages, _ = encode(given_band, encoding, bands=ends)
     bands = decode(pages, encoding, n_positions, bands=ends)
-    whole = merge_bands(bands, size)
+    whole = keep_ranks(merge_bands(bands), size)
     for ranks in range(1, size + 1) if size < 50 else (1, 2, 100, size - 1, size):
         n_bands = next(number for number, end in enumerate(ends, 1) if end >= ranks)
-        found = merge_bands(bands[:n_bands], ranks)
+        found = keep_ranks(merge_bands(bands[:n_bands]), ranks)
         assert found.ids.tobytes() == np.ascontiguousarray(whole.ids[:, :ranks]).tobytes()
         assert found.logprob.tobytes() == np.ascontiguousarray(whole.logprob[:, :ranks]).tobytes()
-        read = merge_bands(bands[:n_bands], ends[n_bands - 1])
-        tail = np.minimum(naive_tail(read, ranks), 0)
+        read = keep_ranks(merge_bands(bands[:n_bands]), ends[n_bands - 1])
+        tail = naive_tail(read, ranks)
         np.testing.assert_allclose(found.log_tail, tail, rtol=2.0**-22, atol=2.0**-22)
         problem = support_problem(
             "topk",
@@ -149,6 +156,7 @@ def test_values_that_become_equal_are_ordered_by_id(encoding):
     assert found.draws.tolist() == [[4, 3, 2, 1]]
     assert set(found.logprob[0].tolist()) == {-3.0}
     # Across a band's end: the first band holds the smaller ids.
+    band = Band(ids, logprob, band.log_tail)
     first, second = decode(encode(band, encoding, bands=(2, 4))[0], encoding, 1, bands=(2, 4))
     assert (first.ids.tolist(), second.ids.tolist()) == ([[3, 5]], [[7, 9]])
 
@@ -156,9 +164,7 @@ def test_values_that_become_equal_are_ordered_by_id(encoding):
 @pytest.mark.parametrize("encoding", ["plain", "f32"])
 def test_the_sign_of_zero_is_kept(encoding):
     logprob = np.array([[-0.0, -60.0], [0.0, -60.0]], np.float32)
-    band = Band(
-        np.array([[4, 2], [4, 2]], np.uint32), logprob, np.array([-np.inf, -np.inf], np.float32)
-    )
+    band = Band(np.array([[4, 2], [4, 2]], np.uint32), logprob, np.array([-np.inf, -np.inf], np.float32))
     (found,) = decode(encode(band, encoding)[0], encoding, 2, bands=(2,))
     assert found.logprob.tobytes() == logprob.tobytes()
     tail = np.array([-0.0, 0.0], np.float32)
@@ -183,9 +189,8 @@ def test_steps_around_the_escape(encoding, step):
     if units:
         values = [-1.0, -1.0 - step / units, -1.0 - step / units - 1 / units]
     else:
-        pattern = np.array([0x3C00, 0x3C00 + step, 0x3C00 + step + 1])
-        if pattern.max() > 0x7BFF:
-            pytest.skip("beyond float16")
+        # The last pattern of a finite float16 is 0x7BFF.
+        pattern = np.minimum([0x3C00, 0x3C00 + step, 0x3C00 + step + 1], [0x3C00, 0x7BFE, 0x7BFF])
         values = (-pattern.astype(np.uint16).view(np.float16).astype(np.float32)).tolist()
     band = Band(
         np.array([[1, 2, 3]], np.uint32),
@@ -193,21 +198,27 @@ def test_steps_around_the_escape(encoding, step):
         np.array([-2.0], np.float32),
     )
     for ends in ((3,), (1, 3), (1, 2, 3)):
-        found = merge_bands(decode(encode(band, encoding, bands=ends)[0], encoding, 1, bands=ends), 3)
+        found = keep_ranks(
+            merge_bands(decode(encode(band, encoding, bands=ends)[0], encoding, 1, bands=ends)), 3
+        )
         assert found.logprob.tobytes() == band.logprob.tobytes()
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
-    "ends", [(8, 64, 128), (128,), (1, 7, 9, 15, 16, 17, 31, 33, 64, 65, 128)], ids=lambda ends: str(len(ends))
+    "ends",
+    [(8, 64, 128), (128,), (1, 7, 9, 15, 16, 17, 31, 33, 64, 65, 128)],
+    ids=lambda ends: str(len(ends)),
 )
 def test_rank_groups_of_every_band(encoding, ends, ragged):
     rng = np.random.default_rng(3)
     band = peaked_topk(rng, 30, 128, VOCAB)
     if ragged:
         band = supports.shortened(rng, band)
-    found = merge_bands(decode(encode(band, encoding, bands=ends)[0], encoding, 30, bands=ends), 128)
+    found = keep_ranks(
+        merge_bands(decode(encode(band, encoding, bands=ends)[0], encoding, 30, bands=ends)), 128
+    )
     assert_decoded(found, band, encoding)
 
 
@@ -255,26 +266,22 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("encoding", LOWEST)
-def test_a_value_too_low_is_refused_and_the_writer_goes_on(tmp_path, encoding, where):
-    good = some_rollouts(3, seed=4, response_len=4, topk=9, chosen=2, sampled=2)
+def test_a_value_too_low_is_refused_and_the_writer_goes_on(tmp_path, encoding):
     lowest = LOWEST[encoding]
-    fits = replace(with_value(lowest, where), sample_id="fits")
     options = {"topk": 9, "chosen": 2, "sampled": 2, "encoding": encoding, "bands": (1, 8, 9)}
     with opd_store.create(tmp_path / "cache", meta=example_meta(100), **options) as writer:
-        writer.append_batch(good[:2])
-        writer.append(fits)
-        for value in (lowest - 100, float(np.finfo(np.float32).min)):
-            with pytest.raises(opd_store.InvalidRolloutError) as caught:
-                writer.append(replace(with_value(value, where), sample_id="too low"))
-            error = caught.value
-            assert (error.sample_id, error.field, error.position) == ("too low", where.split()[0], 2)
-            for part in ("'too low'", "position 2", encoding, "f32"):
-                assert part in str(error)
-        writer.append(good[2])
+        for where in PLACES:
+            writer.append(replace(with_value(lowest, where), sample_id=where))
+            for value in (lowest - 100, float(np.finfo(np.float32).min)):
+                with pytest.raises(opd_store.InvalidRolloutError) as caught:
+                    writer.append(replace(with_value(value, where), sample_id="too low"))
+                error = caught.value
+                assert (error.sample_id, error.field, error.position) == ("too low", where.split()[0], 2)
+                for part in ("'too low'", "position 2", encoding, "f32"):
+                    assert part in str(error)
     cache = opd_store.open(tmp_path / "cache")
-    assert [rollout.sample_id for rollout in cache] == ["r0", "r1", "fits", "r2"]
+    assert [rollout.sample_id for rollout in cache] == PLACES
     assert opd_store.verify(tmp_path / "cache").problems == []
 
 
@@ -295,7 +302,9 @@ def test_a_page_too_large_once_decoded_is_refused_by_the_writer(tmp_path, monkey
     options = {"topk": 9, "bands": (6, 9), "encoding": encoding}
     long, fits = (some_rollouts(1, response_len=n, topk=9)[0] for n in (11, 10))
     with opd_store.create(tmp_path / "cache", meta=example_meta(100), **options) as writer:
-        with pytest.raises(opd_store.InvalidRolloutError, match="at most 10 response tokens a page") as caught:
+        with pytest.raises(
+            opd_store.InvalidRolloutError, match="at most 10 response tokens a page"
+        ) as caught:
             writer.append(long)
         assert caught.value.field == "topk_ids"
         assert "found 11" in str(caught.value)
@@ -321,9 +330,7 @@ def test_a_small_page_of_many_zeros_is_refused_before_it_is_decoded(encoding):
 
 def test_a_page_too_large_is_refused_by_the_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "MAX_PAGE_BYTES", 24 + 100 * 4)
-    rollouts = {n: some_rollouts(1, response_len=n, topk=9, sample_id=None)[0] for n in (5, 6)} if 0 else {
-        n: some_rollouts(1, response_len=n, topk=9)[0] for n in (5, 6)
-    }
+    rollouts = {n: some_rollouts(1, response_len=n, topk=9)[0] for n in (5, 6)}
     with opd_store.create(tmp_path / "cache", meta=example_meta(100), topk=9, bands=(9,)) as writer:
         with pytest.raises(opd_store.InvalidRolloutError, match="a page of at most 424 bytes, found 480"):
             writer.append(rollouts[6])
@@ -334,19 +341,18 @@ def test_a_page_too_large_is_refused_by_the_writer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("encoding", LOSSY)
 def test_probabilities_at_the_limit_stay_readable(tmp_path, encoding):
     """A sum that the writer just accepts, of values that are all rounded up by almost half a step."""
-    rng = np.random.default_rng(0)
     half = 0.5 / int(encoding.partition("/")[2]) if "/" in encoding else 2.0**-8
-    size = 4096
     # n whole steps and almost half of one: these are decoded as n steps.
-    steps = np.floor((np.log(size) - np.log1p(1e-3)) / (2 * half))
-    lowest = np.float32(-(2 * steps + 0.998) * half)
-    size = int((1 + 0.9999e-3) / np.exp(np.float64(lowest)))
-    rest = 1 + 0.9999e-3 - size * np.exp(np.float64(lowest))
+    steps = np.floor(np.log(4000) / (2 * half))
+    lowest = np.nextafter(np.float32(-(2 * steps + 1) * half), np.float32(0))
+    total = 1 + 0.99999e-3
+    size = int(total / np.exp(np.float64(lowest)))
+    rest = total - size * np.exp(np.float64(lowest))
     assert 0 < rest < 1e-3
     rollout = opd_store.Rollout(
         token_ids=np.arange(2, dtype=np.uint32),
         prompt_len=1,
-        topk_ids=np.sort(rng.permutation(size)).astype(np.uint32)[None],
+        topk_ids=np.arange(size, dtype=np.uint32)[None],
         topk_logprob=np.full((1, size), lowest),
         log_tail=np.array([np.log(rest)], np.float32),
     )

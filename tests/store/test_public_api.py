@@ -21,7 +21,7 @@ RECORDED = Path(__file__).with_name("public_api.txt")
 
 
 def describe() -> str:
-    """One line a function, class, field, property and method."""
+    """One line a constant, function, class, field, property and method."""
     lines = [line for name in public for line in _describe(name, getattr(opd_store, name))]
     functions = inspect.getmembers(opd_store.testing, inspect.isfunction)
     ours = [(name, item) for name, item in functions if item.__module__ == "opd_store.testing"]
@@ -29,6 +29,9 @@ def describe() -> str:
 
 
 def _describe(name: str, item: object) -> Iterator[str]:
+    if not callable(item):
+        yield f"{name} = {item!r}"
+        return
     if not inspect.isclass(item):
         yield f"{name}{_signature(item)}"
         return
@@ -54,7 +57,8 @@ def _signature(item: Callable[..., object]) -> str:
 
 
 def test_names_are_sorted_and_complete():
-    assert public == sorted(public)
+    # Constants, then classes, then functions.
+    assert public == sorted(public, key=lambda name: (not name.isupper(), name))
     modules = {name for name, value in vars(opd_store).items() if inspect.ismodule(value)}
     names = {name for name in vars(opd_store) if not name.startswith("_")}
     # `verify` is a function whose name hides its module; `testing` is public but imported on request.
