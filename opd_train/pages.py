@@ -136,7 +136,7 @@ class PageDecoder:
         for start, end, values in parts:
             columns = slice(start - shape.rank_start, end - shape.rank_start)
             if present is None:
-                sums_Pk[:, columns] = values.view(shape.n_positions, -1)
+                sums_Pk[:, columns] = values.view(shape.n_positions, end - start)
             else:
                 sums_Pk[:, columns][present[:, columns]] = values
         return sums_Pk.cumsum(1, dtype=torch.int32)

@@ -100,7 +100,7 @@ def assemble(
     for steps in parsed.steps:
         columns = slice(steps.start - shape.rank_start, steps.end - shape.rank_start)
         if present is None:
-            words[:, columns] = steps.words.reshape(shape.n_positions, -1)
+            words[:, columns] = steps.words.reshape(shape.n_positions, steps.end - steps.start)
         else:
             words[:, columns][present[:, columns]] = steps.words
     np.cumsum(words, axis=1, dtype=np.uint32, out=words)

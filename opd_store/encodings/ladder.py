@@ -152,7 +152,7 @@ def _units(
             values = values.astype(dtype)
             values[steps.small == ESCAPE] += steps.more.astype(dtype)
         if present is None:
-            units[:, columns] = values.reshape(shape.n_positions, -1)
+            units[:, columns] = values.reshape(shape.n_positions, steps.end - steps.start)
         else:
             units[:, columns][present[:, columns]] = values
     return np.cumsum(units, axis=1, dtype=dtype, out=units)
