@@ -11,6 +11,7 @@ from opd_store import layout
 
 Problem = tuple[str, str, object, int]
 LOWEST = float(np.finfo(np.float32).min)
+_ENTRIES_AT_ONCE = 1 << 19
 
 
 def ids_problem(field: str, ids: NDArray[Any], vocab_size: int) -> Problem | None:
@@ -51,6 +52,29 @@ def support_problem(
         ragged: whether rows may be shorter, padded with NO_ID, -inf and 0.
         tolerance: how far probabilities may exceed 1 in sum.
     """
+    # In parts, since the float64 sums below would take several times what a large page does.
+    step = max(1, _ENTRIES_AT_ONCE // max(ids.shape[1], 1))
+    for start in range(0, len(ids), step):
+        rows = slice(start, start + step)
+        part = None if draws is None else draws[rows]
+        found = _part_problem(
+            name, ids[rows], logprob[rows], log_tail[rows], part, vocab_size, ragged, tolerance
+        )
+        if found is not None:
+            return (*found[:3], found[3] + start)
+    return None
+
+
+def _part_problem(
+    name: str,
+    ids: NDArray[np.uint32],
+    logprob: NDArray[np.float32],
+    log_tail: NDArray[np.float32],
+    draws: NDArray[np.uint32] | None,
+    vocab_size: int,
+    ragged: bool,
+    tolerance: float,
+) -> Problem | None:
     ids_field, logprob_field = f"{name}_ids", f"{name}_logprob"
     tail_field = "log_tail" if name == "topk" else f"{name}_log_tail"
     if problem := logprobs_problem(tail_field, log_tail, -np.inf):

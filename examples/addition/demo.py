@@ -98,6 +98,8 @@ def build_cache(root: Path, seed: int) -> dict[str, dict[str, float]]:
             rollouts.meta,
             root / f"cache-{teacher}-{seed}",
             topk=methods.TOPK,
+            # Responses of a dozen tokens, read three times: unpacking would cost more than it saves.
+            encoding="plain",
             batch_tokens=16384,
             commit_rollouts=3200,
         )

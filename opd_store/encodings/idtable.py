@@ -141,7 +141,9 @@ class IdTable:
         by_rank = streams.ints(vocab_size, limit=vocab_size - 1, what="frequency order").astype(np.uint32)
         ranks = streams.ints(n_lists * LIST_LENGTH, limit=vocab_size - 1, what="lists")
         streams.finish()
-        if (np.bincount(by_rank, minlength=vocab_size) != 1).any():
+        seen = np.zeros(vocab_size, np.bool_)
+        seen[by_rank] = True
+        if not seen.all():
             raise FormatError(f"{where}: the frequency order does not name every id once")
         lists = by_rank[ranks].reshape(n_lists, LIST_LENGTH)
         in_order = np.sort(lists, axis=1)

@@ -267,7 +267,8 @@ def test_a_history_of_two_caches_is_reported_by_verify(cache, tmp_path):
     assert "but the next version names" in str(problem)
     (cache / "manifests/00000001.json").unlink()
     (problem,) = opd_store.verify(cache).problems
-    assert isinstance(problem, opd_store.CacheNotFoundError)
+    assert isinstance(problem, opd_store.IntegrityError)
+    assert "missing, although a later version names it" in str(problem)
 
 
 def test_a_file_that_is_not_listed_is_ignored(cache):

@@ -52,7 +52,7 @@ def test_training_in_bfloat16_lowers_the_loss(model_dir, tmp_path):
         for parameter in student.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     meta = CacheMeta(vocab_size=VOCAB, tokenizer_fingerprint=teacher.tokenizer_fingerprint)
-    score_cache(teacher, _rollouts(32), meta, tmp_path / "cache", topk=4)
+    score_cache(teacher, _rollouts(32), meta, tmp_path / "cache", topk=4, encoding="plain")
     stream = CacheStream(opd_store.open(tmp_path / "cache"), batch_rollouts=8, epochs=None, device="cuda")
     losses = []
     config = DistillConfig(objective=Objective.FORWARD_KL, steps=20, lr=1e-3, autocast=True)

@@ -158,7 +158,7 @@ def scored_cache(
     path: Path, teacher: CausalLM, rollouts: list[Rollout], *, topk: int = 5, **fields: Any
 ) -> opd_store.Cache:
     """A cache of these rollouts, scored."""
-    score_cache(teacher, rollouts, meta_of(teacher, **fields), path, topk=topk)
+    score_cache(teacher, rollouts, meta_of(teacher, **fields), path, topk=topk, encoding="plain")
     return opd_store.open(path)
 
 

@@ -1,0 +1,191 @@
+"""Taking pages and caches apart and sealing them again, so that damage gets past every checksum."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import opd_store
+from opd_store import layout
+from opd_store.encodings.page import page_size
+from opd_store.hashing import crc32c
+from opd_store.index import FileRef, encode_shard_table
+from opd_store.manifest import Manifest, encode_manifest
+from opd_store.shard import Region, ShardInfo, file_digest
+
+Plane = tuple[bool, bytes]
+"""Whether it is said to be a zstd frame, and the payload."""
+Stream = list[Plane]
+_ZSTD = 1 << 31
+
+
+def parse_body(body: bytes) -> list[Stream]:
+    """The streams of a valid page body, whatever they mean."""
+    streams: list[Stream] = []
+    at = 0
+    while at < len(body):
+        n_planes, at = body[at], at + 1
+        stream: Stream = []
+        for _ in range(n_planes):
+            size = int.from_bytes(body[at : at + 4], "little")
+            end = at + 4 + (size & ~_ZSTD)
+            stream.append((bool(size & _ZSTD), body[at + 4 : end]))
+            at = end
+        streams.append(stream)
+    return streams
+
+
+def build_body(streams: list[Stream]) -> bytes:
+    """The opposite."""
+    parts = []
+    for stream in streams:
+        parts.append(bytes([len(stream) & 0xFF]))
+        for zstd, payload in stream:
+            parts += [(len(payload) | _ZSTD * zstd).to_bytes(4, "little"), payload]
+    return b"".join(parts)
+
+
+def split_page(page: bytes) -> tuple[bytes, bytes]:
+    """Header, and body without its padding."""
+    fields = layout.PAGE_HEADER.unpack_from(page)
+    return page[: layout.PAGE_HEADER.size], page[layout.PAGE_HEADER.size :][: fields[6]]
+
+
+def join_page(header: bytes, body: bytes, owner: bytes = b"") -> bytes:
+    """A page with this body: body length, padding and checksum put right, every other field kept."""
+    fields = list(layout.PAGE_HEADER.unpack(header))
+    fields[6], fields[8] = len(body), 0
+    start = layout.PAGE_HEADER.pack(*fields)[: layout.PAGE_CRC_OFFSET]
+    padded = body + bytes(page_size(len(body)) - layout.PAGE_HEADER.size - len(body))
+    return start + crc32c(padded, crc32c(owner + start)).to_bytes(4, "little") + padded
+
+
+def with_pages(batch: pa.RecordBatch, column: str, pages: list[bytes]) -> pa.RecordBatch:
+    """The record batch with other pages in one column."""
+    at = batch.schema.get_field_index(column)
+    return batch.set_column(at, batch.schema.field(at), pa.array(pages, pa.binary()))
+
+
+def seal_manifest(text: bytes) -> bytes:
+    """A manifest of this text, which is everything before the checksum line."""
+    return text + f',\n "checksum": "sha256:{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
+
+
+def manifest_text(manifest: bytes) -> bytes:
+    """The opposite."""
+    return manifest[: manifest.rindex(b',\n "checksum"')]
+
+
+def regions_of(path: Path) -> list[bytes]:
+    """Head, record batches and footer of the only shard of a cache."""
+    return Parts.of(path).regions
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a cache with one version and one shard consists of, without any digest."""
+
+    manifest: Manifest
+    info: ShardInfo
+    regions: list[bytes]
+    """Bytes of head, record batches and footer."""
+    rollout_table: bytes
+    table: bytes | None
+
+    @classmethod
+    def of(cls, path: Path) -> Parts:
+        cache = opd_store.open(path)
+        (info,), (segment,) = cache.shards, cache.manifest.segments
+        data = (path / info.path).read_bytes()
+        regions = [data[region.offset : region.offset + region.length] for region in info.regions]
+        ref = cache.manifest.id_table
+        table = None if ref is None else (path / ref.path).read_bytes()
+        return cls(cache.manifest, info, regions, (path / segment.rollouts.path).read_bytes(), table)
+
+    def sealed(
+        self,
+        *,
+        regions: list[bytes] | None = None,
+        rows: list[int] | None = None,
+        table: bytes | None = None,
+        shard_table: bytes | None = None,
+        rollout_table: bytes | None = None,
+        edit: Callable[[bytes], bytes] | None = None,
+    ) -> dict[str, bytes]:
+        """Name to content of every file, where parts were replaced and every digest was put right.
+
+        Args:
+            regions: bytes of head, record batches and footer.
+            rows: rollouts that the index claims for each region.
+            table, shard_table, rollout_table: whole files.
+            edit: changes the text of the manifest, after the digests are in it.
+        """
+        regions = self.regions if regions is None else regions
+        rows = [region.rows for region in self.info.regions] if rows is None else rows
+        shard = b"".join(regions)
+        offsets = np.cumsum([0, *map(len, regions)]).tolist()
+        info = dataclasses.replace(
+            self.info,
+            sha256=file_digest(shard),
+            n_bytes=len(shard),
+            rows=sum(rows),
+            regions=tuple(
+                Region(offset, len(part), crc32c(part), n)
+                for offset, part, n in zip(offsets, regions, rows, strict=False)
+            ),
+        )
+        files = {info.path: shard}
+        refs = []
+        for data in (shard_table or encode_shard_table([info]), rollout_table or self.rollout_table):
+            refs.append(FileRef(file_digest(data), len(data)))
+            files[refs[-1].path] = data
+        table_ref = self.manifest.id_table
+        if table_ref is not None:
+            table = table or self.table
+            assert table is not None
+            table_ref = FileRef(file_digest(table), len(table), layout.TABLE_DIR)
+            files[table_ref.path] = table
+        segment = dataclasses.replace(
+            self.manifest.segments[0], shards=refs[0], rollouts=refs[1], rows=sum(rows), n_bytes=len(shard)
+        )
+        manifest = dataclasses.replace(self.manifest, segments=(segment,), id_table=table_ref)
+        data = encode_manifest(manifest)
+        files[layout.manifest_path(1)] = seal_manifest(edit(manifest_text(data))) if edit else data
+        return files
+
+
+def seal_cache(path: Path, like: Path, **replaced: Any) -> None:  # noqa: ANN401
+    """A copy of a cache in which parts were replaced; arguments as for `Parts.sealed`."""
+    for name, data in Parts.of(like).sealed(**replaced).items():
+        target = path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+class MemoryStorage:
+    """What readers need of a `LocalStorage`, without a disk."""
+
+    uri = "memory"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+
+    def describe(self, name: str) -> str:
+        return f"memory/{name}"
+
+    def versions(self) -> list[int]:
+        return [1]
+
+    def read(self, name: str, limit: int) -> bytes:
+        return self.files[name]
+
+    def map(self, name: str) -> pa.Buffer:
+        if name not in self.files:
+            raise opd_store.IntegrityError(f"memory/{name}: missing, although the manifest names it")
+        return pa.py_buffer(self.files[name])
