@@ -101,15 +101,20 @@ def measured(
 def measure_ours(data: Windows, table: IdTable) -> Iterator[Measured]:
     """Every variant of ours; the table is learnt from other windows, and its own bytes are not counted."""
     for variant in ours.variants(data.ids.shape[-1], table):
-        n_bytes = 0
-        parts = []
-        for number in range(len(data.ids)):
-            log_tail = data.log_tail[number].astype(np.float32)
-            pages = ours.encode(data.ids[number], data.logprob[number], log_tail, variant)
-            n_bytes += sum(len(page) for page in pages)
-            parts.append(ours.decode(pages, variant, n_positions=len(log_tail)))
-        ids, logprob, tails = (np.concatenate(some) for some in zip(*parts, strict=True))
-        yield measured(variant.name, data, n_bytes, ids, logprob, tails, is_ours=True)
+        yield measure_variant(data, variant)
+
+
+def measure_variant(data: Windows, variant: ours.Variant) -> Measured:
+    """One variant of ours, rollout by rollout."""
+    n_bytes = 0
+    parts = []
+    for number in range(len(data.ids)):
+        log_tail = data.log_tail[number].astype(np.float32)
+        pages = ours.encode(data.ids[number], data.logprob[number], log_tail, variant)
+        n_bytes += sum(len(page) for page in pages)
+        parts.append(ours.decode(pages, variant, n_positions=len(log_tail)))
+    ids, logprob, tails = (np.concatenate(some) for some in zip(*parts, strict=True))
+    return measured(variant.name, data, n_bytes, ids, logprob, tails, is_ours=True)
 
 
 def measure_peers(data: Windows) -> Iterator[Measured]:

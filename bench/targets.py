@@ -15,7 +15,6 @@ from pathlib import Path
 
 import codec
 import machine
-import numpy as np
 import ours
 import size
 import windows
@@ -30,19 +29,6 @@ MAX_KL = 4e-6
 MAX_ERROR = 1 / 256
 
 
-def measured(data: Windows, variant: ours.Variant) -> size.Measured:
-    """Size and errors of one variant."""
-    n_bytes = 0
-    parts = []
-    for number in range(len(data.ids)):
-        log_tail = data.log_tail[number].astype(np.float32)
-        pages = ours.encode(data.ids[number], data.logprob[number], log_tail, variant)
-        n_bytes += sum(len(page) for page in pages)
-        parts.append(ours.decode(pages, variant, n_positions=len(log_tail)))
-    ids, logprob, tails = (np.concatenate(some) for some in zip(*parts, strict=True))
-    return size.measured(variant.name, data, n_bytes, ids, logprob, tails, is_ours=True)
-
-
 def verdict(name: str, found: str, wanted: str, met: bool) -> tuple[str, ...]:
     """One row."""
     return name, found, wanted, "yes" if met else "no"
@@ -53,7 +39,7 @@ def sizes(data: Windows, table: IdTable, in_bands: tuple[int, ...]) -> list[tupl
     rows = []
     for bands in ((TOPK,), in_bands):
         for chosen, limits in ((None, (152,)), (table, (130, 115))):
-            one = measured(data, ours.Variant(ENCODING, bands, chosen))
+            one = size.measure_variant(data, ours.Variant(ENCODING, bands, chosen))
             rows += [
                 verdict(
                     one.name.removeprefix("ours: "),

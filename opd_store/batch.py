@@ -14,7 +14,6 @@ from opd_store import layout
 from opd_store.encodings import (
     Band,
     IdTable,
-    PageShape,
     PageStreams,
     check_page_crc,
     decode_page,
@@ -183,7 +182,7 @@ class BatchView:
         return [
             parse_page(
                 self._page(column.name, row),
-                self._shape(column, row),
+                column.page_shape(self.response_len(row)),
                 encoding=self._schema.encoding,
                 id_table=self._id_table,
                 where=f"{self.where}, row {row}, column {column.name}",
@@ -191,13 +190,10 @@ class BatchView:
             for column in columns
         ]
 
-    def _shape(self, column: PackedColumn, row: int) -> PageShape:
-        return PageShape(column.kind, column.rank_start, column.rank_end, self.response_len(row))
-
     def _decoded(self, column: PackedColumn, row: int) -> Band:
         return decode_page(
             self._page(column.name, row),
-            self._shape(column, row),
+            column.page_shape(self.response_len(row)),
             encoding=self._schema.encoding,
             id_table=self._id_table,
             where=f"{self.where}, row {row}, column {column.name}",

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.encodings import Band, EncodedPages, IdTable, Unencodable, encode_pages
+from opd_store.encodings import Band, EncodedPages, IdTable, Unencodable, encode_pages, join_tail
 from opd_store.errors import InvalidRolloutError
 from opd_store.rollout import SUPPORTS, Rollout, Scalar, is_text
 from opd_store.schema import RESPONSE_LISTS, TOKEN_LISTS, CacheSchema, Cut, PackedColumn, arrow_schema
@@ -103,10 +103,9 @@ class BatchBuilder:
         )
         if kind == "topk" and self._schema.cut is not None:
             support = _cut(support, self._schema.cut)
-        ranks = max(column.rank_end - column.rank_start for column in columns)
-        decoded_bytes = (12 * ranks + 4) * rollout.response_len
-        if self._schema.encoding != "plain" and decoded_bytes > layout.MAX_DECODED_BYTES:
-            limit = layout.MAX_DECODED_BYTES // (12 * ranks + 4)
+        largest = max(column.page_shape(rollout.response_len).decoded_bytes for column in columns)
+        if self._schema.encoding != "plain" and largest > layout.MAX_DECODED_BYTES:
+            limit = layout.MAX_DECODED_BYTES // (largest // rollout.response_len)
             raise _invalid(
                 rollout, ids_field, f"at most {limit} response tokens a page", rollout.response_len
             )
@@ -203,12 +202,11 @@ def _cut(support: Band, cut: Cut) -> Band:
     else:
         return support
     kept[:, 0] = True
-    dropped = np.where(kept, -np.inf, support.logprob.astype(np.float64))
-    tail = np.logaddexp(support.log_tail.astype(np.float64), np.logaddexp.reduce(dropped, axis=1))
+    joined = join_tail(support.log_tail, np.where(kept, np.float32(-np.inf), support.logprob))
     return Band(
         np.where(kept, support.ids, np.uint32(layout.NO_ID)),
         np.where(kept, support.logprob, np.float32(-np.inf)),
-        np.where((present & ~kept).any(axis=1), np.minimum(tail, 0.0), support.log_tail).astype(np.float32),
+        np.where((present & ~kept).any(axis=1), joined, support.log_tail),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from opd_store import layout
-from opd_store.encodings import check_encoding, value_tolerance
+from opd_store.encodings import PageShape, check_encoding, value_tolerance
 from opd_store.errors import FormatError, InvalidArgumentError, UnsupportedVersionError
 from opd_store.rollout import SUPPORTS, SupportSizes
 
@@ -73,6 +73,10 @@ class PackedColumn:
     """layout.KIND_TOPK, KIND_CHOSEN or KIND_SAMPLED."""
     rank_start: int
     rank_end: int
+
+    def page_shape(self, n_positions: int) -> PageShape:
+        """What a page of so many positions in this column is."""
+        return PageShape(self.kind, self.rank_start, self.rank_end, n_positions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -204,9 +204,8 @@ def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> np.nd
     named = list(cache.find_all(stored))
     if cache_row not in named:
         raise FormatError(f"{where}: missing from the rollout table", row=row, column="rollout_hash")
-    for other in named:
-        same_draw = cache.rollout(other, columns=("sample_id",)).sample_id == rollout.sample_id
-        if other < cache_row and same_draw:
+    for other in (row for row in named if row < cache_row):
+        if cache.rollout(other, columns=("sample_id",)).sample_id == rollout.sample_id:
             raise FormatError(
                 f"{where}: the same rollout and sample_id as row {other} of the cache",
                 row=row,

@@ -237,8 +237,8 @@ class Writer:
         self._shard = self._temp = None
 
     def _commit_manifest(self) -> Cache:
-        if self._builder.id_table is not None:
-            made = self._builder.id_table
+        made = self._builder.id_table
+        if made is not None and (self._base is None or self._base.id_table is None):
             self._storage.put_if_absent(table_ref(made).path, made.to_bytes())
         for _ in range(_COMMIT_TRIES):
             base, table = self._base, self._builder.id_table

@@ -39,6 +39,7 @@ __all__ = [
     "decode_page",
     "encode_pages",
     "fold_tail",
+    "join_tail",
     "keep_ranks",
     "merge_bands",
     "parse_page",
@@ -115,8 +116,13 @@ def encode_pages(
     codec = _CODECS[encoding]
     parameter = codec.NAMES[encoding]
     if codec is not plain:
-        _require_encodable(support, codec, encoding)
-        support = _in_decoded_order(support, codec.quantise(support.logprob, parameter))
+        decoded_logprob = codec.quantise(support.logprob, parameter)
+        for is_tail, given, found in (
+            (False, support.logprob, decoded_logprob),
+            (True, support.log_tail[:, None], codec.quantise(support.log_tail[:, None], parameter)),
+        ):
+            _require_encodable(given, found, codec, encoding, is_tail=is_tail)
+        support = _in_decoded_order(support, decoded_logprob)
     pages = []
     start, max_error = 0, 0.0
     for end in bands:
@@ -194,10 +200,9 @@ def parse_page(
     codec = _CODECS[encoding]
     parameter = codec.NAMES[encoding]
     flags, body = open_page(page, shape, encoding=codec.CODE, parameter=parameter, where=where)
-    decoded_bytes = (12 * shape.n_ranks + 4) * shape.n_positions
-    if decoded_bytes > layout.MAX_DECODED_BYTES:
+    if shape.decoded_bytes > layout.MAX_DECODED_BYTES:
         raise FormatError(
-            f"{where}: {decoded_bytes} bytes once decoded, the limit is {layout.MAX_DECODED_BYTES}"
+            f"{where}: {shape.decoded_bytes} bytes once decoded, the limit is {layout.MAX_DECODED_BYTES}"
         )
     streams = StreamReader(body, where=where)
     counts = None
@@ -248,18 +253,23 @@ def _in_decoded_order(support: Band, decoded: NDArray[np.float32]) -> Band:
     )
 
 
-def _require_encodable(support: Band, codec: ModuleType, encoding: str) -> None:
-    """Raise Unencodable where a value is further from what would be decoded than the encoding allows."""
-    parameter = codec.NAMES[encoding]
-    for is_tail, given in enumerate((support.logprob, support.log_tail[:, None])):
-        finite = np.isfinite(given)
-        with np.errstate(invalid="ignore"):
-            error = np.abs(given.astype(np.float64) - codec.quantise(np.where(finite, given, 0), parameter))
-        wrong = (finite & (error > codec.error_bound(given, parameter))).any(axis=1)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            lowest = float(given[at].min(where=finite[at], initial=0.0))
-            raise Unencodable(bool(is_tail), at, f"a value that {encoding} can hold (f32 holds any)", lowest)
+def _require_encodable(
+    given: NDArray[np.float32],
+    found: NDArray[np.float32],
+    codec: ModuleType,
+    encoding: str,
+    *,
+    is_tail: bool,
+) -> None:
+    """Raise Unencodable where a value is further from what will be decoded than the encoding allows."""
+    finite = np.isfinite(given)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(given.astype(np.float64) - found)
+    wrong = (finite & (error > codec.error_bound(given, codec.NAMES[encoding]))).any(axis=1)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        lowest = float(given[at].min(where=finite[at], initial=0.0))
+        raise Unencodable(is_tail, at, f"a value that {encoding} can hold (f32 holds any)", lowest)
 
 
 def _largest_error(band: Band, decoded: Band, codec: ModuleType, parameter: int, encoding: str) -> float:
@@ -306,10 +316,15 @@ def keep_ranks(band: Band, ranks: int) -> Band:
 
 def fold_tail(band: Band, ranks: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """[P] float32: the tail outside the first `ranks`, from float64 sums of the ranks that join it."""
-    folded = band.log_tail
     if ranks < band.logprob.shape[1]:
-        rest = band.logprob[:, ranks:].astype(np.float64)
-        folded = np.logaddexp(folded.astype(np.float64), np.logaddexp.reduce(rest, axis=1))
-        # Rounding to float32 can lift the log of a probability of one above zero.
-        folded = np.minimum(folded, 0.0)
-    return folded.astype(np.float32, copy=False)
+        return join_tail(band.log_tail, band.logprob[:, ranks:])
+    return band.log_tail.astype(np.float32, copy=False)
+
+
+def join_tail(
+    log_tail: NDArray[np.float32], rest: NDArray[np.float32]
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """[P] float32: the tail with the ranks `rest` [P, n] in it; -inf adds nothing."""
+    total = np.logaddexp(log_tail.astype(np.float64), np.logaddexp.reduce(rest.astype(np.float64), axis=1))
+    # Rounding to float32 can lift the log of a probability of one above zero.
+    return np.minimum(total, 0.0).astype(np.float32)

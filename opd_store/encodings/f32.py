@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from opd_store.encodings.page import PageShape
 from opd_store.encodings.planes import StreamReader, StreamWriter
+from opd_store.encodings.steps import join_rows, split_rows
 
 CODE = 1
 NAMES = {"f32": 0}
@@ -43,13 +44,8 @@ def write_logprobs(
 ) -> None:
     """Append [P, k] log-probs and [P] tails."""
     streams.ints(_to_words(log_tail))
-    words = _to_words(logprob)
-    streams.ints(words[:, 0] if present is None else words[present[:, 0], 0])
-    steps = np.diff(words, axis=1)
-    for start, end in shape.rank_groups():
-        first, last = start - shape.rank_start, end - shape.rank_start
-        part = steps[:, first - 1 : last - 1]
-        streams.ints(part.reshape(-1) if present is None else part[present[:, first:last]])
+    for part in split_rows(_to_words(logprob), present, shape):
+        streams.ints(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +88,8 @@ def assemble(
     parsed: FloatStreams, present: NDArray[np.bool_] | None, shape: PageShape, *, parameter: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """[P, k] log-probs, -inf where not present, and [P] tails."""
-    words = np.zeros((shape.n_positions, shape.n_ranks), np.uint32)
-    if present is None:
-        words[:, 0] = parsed.heads
-    else:
-        words[present[:, 0], 0] = parsed.heads
-    for steps in parsed.steps:
-        columns = slice(steps.start - shape.rank_start, steps.end - shape.rank_start)
-        if present is None:
-            words[:, columns] = steps.words.reshape(shape.n_positions, steps.end - steps.start)
-        else:
-            words[:, columns][present[:, columns]] = steps.words
-    np.cumsum(words, axis=1, dtype=np.uint32, out=words)
-    logprob = _from_words(words)
+    steps = ((part.start, part.end, part.words) for part in parsed.steps)
+    logprob = _from_words(join_rows(parsed.heads, steps, present, shape, np.uint32))
     if present is not None:
         logprob[~present] = -np.inf
     return logprob, _from_words(parsed.log_tail)

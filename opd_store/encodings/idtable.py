@@ -108,8 +108,10 @@ class IdTable:
 
     def to_bytes(self) -> bytes:
         """The file that a cache keeps beside its shards."""
-        if self.source is not None:
-            return self.source
+        return self._file if self.source is None else self.source
+
+    @cached_property
+    def _file(self) -> bytes:
         streams = StreamWriter()
         streams.ints(self.by_rank)
         streams.ints(self.rank_of[self.lists])

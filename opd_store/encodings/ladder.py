@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from opd_store.encodings.page import PageShape
 from opd_store.encodings.planes import StreamReader, StreamWriter
+from opd_store.encodings.steps import join_rows, split_rows
 from opd_store.errors import FormatError
 
 CODE = 2
@@ -36,7 +37,7 @@ def error_bound(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.floa
 
 
 def quantise(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.float32]:
-    """What will be decoded in place of each value; inf where it is too low for the encoding."""
+    """What will be decoded in place of each value; lower than it could be where it is too low to be held."""
     return _from_units(_to_units(logprob, parameter), parameter)
 
 
@@ -54,15 +55,11 @@ def write_logprobs(
     streams.ints(np.where(empty, 0, _to_units(np.where(empty, 0, log_tail), parameter) + 1))
     if present is not None:
         logprob = np.where(present, logprob, 0)
-    units = _to_units(logprob, parameter)
-    streams.ints(units[:, 0] if present is None else units[present[:, 0], 0])
-    steps = np.diff(units, axis=1)
-    for start, end in shape.rank_groups():
-        first, last = start - shape.rank_start, end - shape.rank_start
-        part = steps[:, first - 1 : last - 1]
-        part = part.reshape(-1) if present is None else part[present[:, first:last]]
-        streams.ints(np.minimum(part, ESCAPE))
-        streams.ints(part[part >= ESCAPE] - ESCAPE)
+    heads, *groups = split_rows(_to_units(logprob, parameter), present, shape)
+    streams.ints(heads)
+    for steps in groups:
+        streams.ints(np.minimum(steps, ESCAPE))
+        streams.ints(steps[steps >= ESCAPE] - ESCAPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +137,14 @@ def _units(
     dtype: type[np.signedinteger[Any]],
 ) -> NDArray[np.signedinteger[Any]]:
     """[P, k] units below zero; a row that ends early stays at its last."""
-    units: NDArray[np.signedinteger[Any]] = np.zeros((shape.n_positions, shape.n_ranks), dtype)
-    if present is None:
-        units[:, 0] = parsed.heads
-    else:
-        units[present[:, 0], 0] = parsed.heads
+    parts = []
     for steps in parsed.steps:
-        columns = slice(steps.start - shape.rank_start, steps.end - shape.rank_start)
         values = steps.small
         if len(steps.more):
             values = values.astype(dtype)
             values[steps.small == ESCAPE] += steps.more.astype(dtype)
-        if present is None:
-            units[:, columns] = values.reshape(shape.n_positions, steps.end - steps.start)
-        else:
-            units[:, columns][present[:, columns]] = values
-    return np.cumsum(units, axis=1, dtype=dtype, out=units)
+        parts.append((steps.start, steps.end, values))
+    return join_rows(parsed.heads, parts, present, shape, dtype)
 
 
 def _to_units(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.int64]:

@@ -53,6 +53,11 @@ class PageShape:
         """k."""
         return self.rank_end - self.rank_start
 
+    @property
+    def decoded_bytes(self) -> int:
+        """What decoding may allocate: ids, log-probs and draws of every entry, and the tails."""
+        return (12 * self.n_ranks + 4) * self.n_positions
+
     def entries(self, start: int, end: int, counts: NDArray[np.intp] | None) -> int:
         """Entries that ranks [start, end) have, if row p has counts[p] of the page's ranks (None: all)."""
         if counts is None:
