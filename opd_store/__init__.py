@@ -25,6 +25,7 @@ from opd_store.errors import (
     StorageError,
     UnsupportedVersionError,
 )
+from opd_store.gather import Packed, gather
 from opd_store.hashing import rollout_hash, tokenizer_fingerprint
 from opd_store.layout import NO_ID
 from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta, teacher_consistency
@@ -55,6 +56,7 @@ __all__ = [
     "MismatchError",
     "ModelInfo",
     "OpdError",
+    "Packed",
     "PageShape",
     "PageStreams",
     "Rollout",
@@ -68,6 +70,7 @@ __all__ = [
     "build_id_table",
     "create",
     "diff_meta",
+    "gather",
     "open",
     "rollout_hash",
     "teacher_consistency",

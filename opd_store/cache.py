@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView, Proven
@@ -177,6 +178,27 @@ class Cache(Sequence[Rollout]):
     def n_shards(self) -> int:
         """Number of shard files."""
         return len(self._shards)
+
+    @property
+    def batch_rows(self) -> NDArray[np.int64]:
+        """[B] rollouts of every record batch; those of the first come first, and so on."""
+        starts = np.array(self._first_row, np.int64)
+        return np.append(starts[1:], len(self))[: len(starts)] - starts
+
+    @functools.cached_property
+    def row_tokens(self) -> NDArray[np.uint32]:
+        """[rows] tokens of every rollout, prompt included. From the index: no shard is read."""
+        return np.array([len(rollout.token_ids) for rollout in self.scan(columns=())], np.uint32)
+
+    @functools.cached_property
+    def row_response_tokens(self) -> NDArray[np.uint32]:
+        """[rows] response tokens of every rollout. From the index: no shard is read."""
+        return np.array([rollout.response_len for rollout in self.scan(columns=())], np.uint32)
+
+    def prefetch(
+        self, rows: Sequence[int], *, ranks: int | None = None, columns: Collection[str] | None = None
+    ) -> None:
+        """Ask for what `gather` of these rows will need, and return at once. Local caches need nothing."""
 
     def __len__(self) -> int:
         return self._manifest.rows
