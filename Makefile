@@ -5,7 +5,7 @@ SECONDS ?= 60
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test bench-format fuzz lint format clean
+.PHONY: demo demo-smollm2 test test-cloud bench-format bench-loader fuzz lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/addition/demo.py --out runs/demo

@@ -5,8 +5,8 @@
 DATA_DIR is what bench/data.py wrote. All sides start from the same arrays in memory and end with int32 ids
 and float32 log-probs of all positions in two arrays; nothing touches a disk, and each side is one thread. A
 ratio is the median of CPU-time ratios of back-to-back pairs in this run: 2.00 means twice the positions per
-second of "Parquet BSS fp16" (peers.py). Ours encodes and decodes rollout by rollout, checks every page's
-checksum, and copies each rollout into the batch; peers hold all positions in one file without checksums.
+second of "Parquet BSS fp16" (peers.py). Ours encodes and decodes rollout by rollout, into rows of the batch,
+and checks every page's checksum; peers hold all positions in one file without checksums.
 
 The last table reads the first 8 of 64 ranks, for every layout that can do so without decoding the others.
 """
@@ -52,9 +52,7 @@ def decode_ours(
     log_tail = np.empty(data.n_positions, np.float32)
     for number, pages in enumerate(rollouts):
         rows = slice(number * length, (number + 1) * length)
-        ids[rows], logprob[rows], log_tail[rows] = ours.decode(
-            pages, variant, n_positions=length, ranks=ranks
-        )
+        ours.decode_into(ids[rows], logprob[rows], log_tail[rows], pages, variant)
     return ids, logprob, log_tail
 
 

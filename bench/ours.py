@@ -88,24 +88,44 @@ def encode(
 
 
 def decode(
-    pages: list[bytes], variant: Variant, *, n_positions: int, ranks: int | None = None
+    pages: list[bytes], variant: Variant, *, n_positions: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """The first `ranks` ranks, or all, reading no page beyond them."""
-    ranks = variant.bands[-1] if ranks is None else ranks
+    """All ranks of one rollout, in new arrays."""
+    size = (n_positions, variant.bands[-1])
+    found = (np.empty(size, np.int32), np.empty(size, np.float32), np.empty(n_positions, np.float32))
+    decode_into(*found, pages, variant)
+    return found
+
+
+def decode_into(
+    ids: NDArray[np.int32],
+    logprob: NDArray[np.float32],
+    log_tail: NDArray[np.float32],
+    pages: list[bytes],
+    variant: Variant,
+) -> None:
+    """As many ranks of one rollout as the arrays have, the end of a band, reading no page beyond them.
+
+    Args:
+        ids, logprob: [P, ranks].
+        log_tail: [P].
+    """
     digest = None if variant.table is None else variant.table.digest
-    found = []
-    start = 0
+    start, words = 0, ids.view(np.uint32)
     for page, end in zip(pages, variant.bands, strict=False):
-        if start >= ranks:
+        if end > ids.shape[1]:
             break
         buffer = np.frombuffer(page, np.uint8)
         pages_of.check_page_crc(buffer, ROLLOUT_HASH, digest, where="bench")
-        shape = pages_of.PageShape(layout.KIND_TOPK, start, end, n_positions)
-        found.append(
-            pages_of.decode_page(
-                buffer, shape, encoding=variant.encoding, id_table=variant.table, where="bench"
-            )
+        pages_of.decode_into(
+            buffer,
+            pages_of.PageShape(layout.KIND_TOPK, start, end, len(ids)),
+            encoding=variant.encoding,
+            id_table=variant.table,
+            where="bench",
+            ids=words[:, start:end],
+            logprob=logprob[:, start:end],
+            log_tail=log_tail if end == ids.shape[1] else None,
         )
         start = end
-    band = pages_of.keep_ranks(pages_of.merge_bands(found), ranks)
-    return band.ids.view(np.int32), band.logprob, band.log_tail
+    assert start == ids.shape[1], f"{ids.shape[1]} ranks are not the end of a band of {variant.bands}"

@@ -24,16 +24,23 @@ from faults import corpus
 
 import opd_store
 from fuzz.mutate import mutate_body, mutate_bytes
-from fuzz.structure import MemoryStorage, Parts, join_page, manifest_text, seal_manifest, split_page
+from fuzz.structure import (
+    MemoryStorage,
+    PartialShard,
+    Parts,
+    join_page,
+    manifest_text,
+    seal_manifest,
+    split_page,
+)
 from opd_store import layout
 from opd_store.arrow_message import check_record_batch, record_batches
 from opd_store.batch import BatchView, Proven
 from opd_store.columns import arrow_schema
 from opd_store.encodings import ENCODINGS, IdTable, PageShape, check_page_crc, decode_page
-from opd_store.hashing import crc32c
 from opd_store.index import RolloutTable, decode_shard_table, encode_shard_table
 from opd_store.manifest import decode_manifest, encode_manifest
-from opd_store.shard import Region, ShardInfo, ShardReader
+from opd_store.shard import MappedShard, ShardReader
 from opd_store.values import support_problem
 
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -72,7 +79,7 @@ def id_table(variant: str) -> IdTable | None:
 @cache
 def batch(variant: str) -> pa.RecordBatch:
     schema = arrow_schema(parts(variant).manifest.schema)
-    return pa.ipc.read_record_batch(pa.py_buffer(parts(variant).regions[1]), schema)
+    return pa.ipc.read_record_batch(pa.py_buffer(parts(variant).pieces[1]), schema)
 
 
 @cache
@@ -154,8 +161,18 @@ def run_manifest(data: bytes) -> None:
 
 
 def run_shard_table(data: bytes) -> None:
-    shards = decode_shard_table(pa.py_buffer(data), where="index")
-    assert decode_shard_table(pa.py_buffer(encode_shard_table(shards)), where="index") == shards
+    accepted = False
+    for n_parts in sorted({parts(variant).info.n_parts for variant in VARIANTS}):
+        with contextlib.suppress(opd_store.OpdError):
+            shards = decode_shard_table(pa.py_buffer(data), n_parts, where="index")
+            again = decode_shard_table(pa.py_buffer(encode_shard_table(shards[:])), n_parts, where="index")
+            assert again[:] == shards[:]
+            assert np.array_equal(again.row_tokens, shards.row_tokens)
+            assert len(shards.batch_rows) == len(shards.batch_shard) == sum(s.n_batches for s in shards)
+            assert shards.batch_rows.sum() == len(shards.row_response_tokens) == shards.total("rows")
+            accepted = True
+    if not accepted:
+        raise opd_store.FormatError("no number of parts accepts it")
 
 
 def run_rollout_table(data: bytes) -> None:
@@ -196,6 +213,8 @@ def run_batch(data: bytes) -> None:
     view = BatchView(
         found,
         parts(variant).manifest.schema,
+        row_tokens=parts(variant).info.row_tokens,
+        row_response_tokens=parts(variant).info.row_response_tokens,
         vocab_size=corpus.VOCAB,
         id_table=id_table(variant),
         proven=Proven() if data[1] < 128 else None,
@@ -218,25 +237,26 @@ def run_message(data: bytes) -> None:
         return
     variant = VARIANTS[data[0] % len(VARIANTS)]
     known = parts(variant)
-    contents = [known.regions[0], data[1:], known.regions[-1]]
-    buffer = pa.py_buffer(b"".join(contents))
-    offsets = np.cumsum([0, *map(len, contents)]).tolist()
-    regions = tuple(
-        Region(offset, len(part), crc32c(part), n)
-        for offset, part, n in zip(offsets, contents, (0, 2, 0), strict=False)
-    )
-    info = ShardInfo(bytes(32), buffer.size, 2, 8, 6, regions)
+    pieces = [known.pieces[0], data[1:], known.pieces[-1]]
+    file, info = b"".join(pieces), known.described(pieces)
     schema = known.manifest.schema
-    reader = ShardReader(buffer, info, arrow_schema(schema), uri="shard")
-    view = BatchView(
-        reader.batch(0),
-        schema,
-        vocab_size=corpus.VOCAB,
-        id_table=id_table(variant),
-        proven=Proven(),
-        where="shard",
-    )
-    use_rows(view, [0, 1])
+    arrow = arrow_schema(schema)
+    sources = PartialShard(file, info), MappedShard(pa.py_buffer(file), info, arrow, uri="shard")
+    for source, ranks in zip(sources, (2, None), strict=True):
+        view = BatchView(
+            ShardReader(source, info, arrow, uri="shard").batch(0, schema.parts(ranks)),
+            schema,
+            row_tokens=info.row_tokens,
+            row_response_tokens=info.row_response_tokens,
+            vocab_size=corpus.VOCAB,
+            id_table=id_table(variant),
+            proven=Proven(),
+            where="shard",
+        )
+        if ranks is None:
+            use_rows(view, [0, 1])
+        else:
+            view.rollout(1, ranks=ranks)
 
 
 def run_arrow_metadata(data: bytes) -> None:
@@ -267,9 +287,9 @@ def run_cache(data: bytes) -> None:
         elif part == "id table":
             files = known.sealed(table=rest)
         else:
-            regions = list(known.regions)
-            regions[PARTS.index(part) - 4] = rest
-            files = known.sealed(regions=regions)
+            pieces = list(known.pieces)
+            pieces[PARTS.index(part) - 4] = rest
+            files = known.sealed(pieces=pieces)
     except opd_store.OpdError:
         return  # what no writer would name in a manifest
     storage = MemoryStorage(files)
@@ -298,9 +318,9 @@ def cache_seeds() -> list[bytes]:
             "shard table": encode_shard_table([known.info]),
             "rollout table": known.rollout_table,
             "id table": known.table or b"",
-            "head": known.regions[0],
-            "record batch": known.regions[1],
-            "footer": known.regions[-1],
+            "head": known.pieces[0],
+            "record batch": known.pieces[1],
+            "footer": known.pieces[-1],
         }
         seeds += [bytes([number, PARTS.index(name)]) + data for name, data in contents.items()]
     return seeds
@@ -339,13 +359,13 @@ TARGETS: dict[str, Target] = {
     "batch": Target(run_batch, batch_seeds, after(2 + layout.PAGE_HEADER.size, mutate_body), weight=2),
     "message": Target(
         run_message,
-        lambda: [bytes([n]) + parts(v).regions[1] for n, v in enumerate(VARIANTS)],
+        lambda: [bytes([n]) + parts(v).pieces[1] for n, v in enumerate(VARIANTS)],
         after(1, mutate_bytes),
         weight=2,
     ),
     "arrow-metadata": Target(
         run_arrow_metadata,
-        lambda: [data for v in VARIANTS[::3] for data in (parts(v).regions[1], b"".join(parts(v).regions))],
+        lambda: [data for v in VARIANTS[::3] for data in (parts(v).pieces[1], b"".join(parts(v).pieces))],
         mutate_bytes,
     ),
     "cache": Target(run_cache, cache_seeds, after(2, mutate_bytes), weight=2),

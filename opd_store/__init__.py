@@ -31,6 +31,7 @@ from opd_store.layout import NO_ID
 from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta, teacher_consistency
 from opd_store.rollout import Rollout
 from opd_store.schema import CacheSchema, Cut
+from opd_store.select import join, select, split
 from opd_store.verify import VerifyReport, verify
 from opd_store.writer import Version, Writer
 
@@ -71,8 +72,11 @@ __all__ = [
     "create",
     "diff_meta",
     "gather",
+    "join",
     "open",
     "rollout_hash",
+    "select",
+    "split",
     "teacher_consistency",
     "tokenizer_fingerprint",
     "verify",

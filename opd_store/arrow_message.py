@@ -77,15 +77,20 @@ def _read(data: bytes, kind: str, at: int) -> int:
     return value
 
 
-def check_record_batch(message: pa.Buffer) -> None:
+def check_record_batch(message: pa.Buffer) -> list[tuple[int, int]]:
     """Refuse what Arrow should not be given: anything but one whole uncompressed record batch.
 
     Args:
-        message: the encapsulated message: continuation mark, metadata length, metadata, body.
+        message: the encapsulated message: continuation mark, metadata length, metadata, body. Nothing of the
+            body is read.
+
+    Returns:
+        (start, length) of its buffers, in the order of the columns, counted from the start of the message.
 
     Raises:
         ValueError: compressed, of variable buffers, of another type, or of other lengths than it says.
     """
+    found: list[tuple[int, int]] = []
 
     def check() -> None:
         mark, n_metadata = _PREFIX.unpack_from(message)
@@ -107,8 +112,10 @@ def check_record_batch(message: pa.Buffer) -> None:
         for offset, length in batch.structs(_BATCH_BUFFERS, _BUFFER):
             if not 0 <= offset <= offset + length <= body_bytes or length < 0:
                 raise ValueError(f"a buffer of {length} bytes at {offset} of {body_bytes}")
+            found.append((body_start + offset, length))
 
     _explained(check)
+    return found
 
 
 def record_batches(file: pa.Buffer) -> list[tuple[int, int]]:

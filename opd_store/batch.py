@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,6 +16,7 @@ from opd_store.encodings import (
     IdTable,
     PageStreams,
     check_page_crc,
+    decode_into,
     decode_page,
     keep_ranks,
     merge_bands,
@@ -30,13 +31,15 @@ LOGPROB_LISTS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
 ARRAY_FIELDS = (*TOKEN_LISTS, *RESPONSE_LISTS)
 SUPPORT_FIELDS = tuple(name for fields in SUPPORTS.values() for name in fields if name)
 _ALWAYS = {"token_ids", "prompt_len"}
+_PAGE_HEADER_BYTES = layout.PAGE_HEADER.size
 
 
 class Proven:
     """Which values of a record batch were found possible so far; outlives the view of it."""
 
     def __init__(self) -> None:
-        self.native = False
+        self.native: set[int] = set()
+        """Parts of native columns."""
         self._rows: dict[tuple[str, int], set[int]] = {}
 
     def rows(self, kind: str, ranks: int) -> set[int]:
@@ -45,13 +48,18 @@ class Proven:
 
 
 class BatchView:
-    """Rows of one record batch. R = response tokens of a row, P = positions of a page = R."""
+    """Rows of one record batch, as far as its parts are there.
+
+    R = response tokens of a row, P = positions of a page = R.
+    """
 
     def __init__(
         self,
         batch: pa.RecordBatch,
         schema: CacheSchema,
         *,
+        row_tokens: NDArray[np.uint32],
+        row_response_tokens: NDArray[np.uint32],
         vocab_size: int,
         id_table: IdTable | None = None,
         proven: Proven | None = None,
@@ -60,6 +68,8 @@ class BatchView:
         """Find the buffers and check that all lengths agree.
 
         Args:
+            batch: columns of some parts, those of part 0 among them.
+            row_tokens, row_response_tokens: [rows] lengths of its rollouts, as the index says.
             id_table: what the ids of packed pages may refer to.
             proven: what was checked before; the rest is when it is read, and noted here. None checks nothing.
             where: names file and record batch in errors.
@@ -71,33 +81,44 @@ class BatchView:
         self._vocab_size, self._id_table, self._proven = vocab_size, id_table, proven
         self.n_rows: int = batch.num_rows
         self.prompt_len = _values(batch.column("prompt_len"), np.uint32)[: self.n_rows].astype(np.int64)
+        self._tokens = row_tokens.astype(np.int64)
+        self._response_tokens = row_response_tokens.astype(np.int64)
         self._offsets: dict[str, NDArray[np.int32]] = {}
         self._items: dict[str, NDArray[Any]] = {}
         self._missing: dict[str, NDArray[np.bool_]] = {}
-        for name, kind in (TOKEN_LISTS | RESPONSE_LISTS).items():
+        names = set(batch.schema.names)
+        self._has_lists = not names.isdisjoint(TOKEN_LISTS)
+        for name, kind in (TOKEN_LISTS | RESPONSE_LISTS).items() if self._has_lists else ():
             column = batch.column(name)
             self._offsets[name] = _offsets(column)
             self._items[name] = _values(column.values, kind.to_pandas_dtype())
             if column.null_count:
                 self._missing[name] = ~np.array(column.is_valid().to_pylist(), bool)
         for packed in schema.packed_columns():
+            if packed.name not in names:
+                continue
             column = batch.column(packed.name)
             self._offsets[packed.name] = _offsets(column)
             self._items[packed.name] = _values(column, np.uint8, buffer=2)
         hashes = _values(batch.column("rollout_hash"), np.uint8)
         self.hashes = hashes[: self.n_rows * layout.HASH_BYTES].reshape(self.n_rows, layout.HASH_BYTES)
         self._check_lengths()
-        if proven is not None and not proven.native:
-            self._check_native()
-            proven.native = True
+        # Values of all rows at once; what depends on pages is checked row by row when it is read.
+        if proven is not None and 0 not in proven.native:
+            self._check_scalars()
+            proven.native.add(0)
+        if proven is not None and 1 not in proven.native and self._has_lists:
+            self._check_lists()
+            proven.native.add(1)
 
-    def _check_native(self) -> None:
-        """Values of all rows at once; what depends on pages is checked row by row when it is read."""
+    def _check_lists(self) -> None:
         problem = ids_problem("token_ids", self._items["token_ids"], self._vocab_size)
         for name in LOGPROB_LISTS:
             problem = problem or logprobs_problem(name, self._items[name])
         if problem is not None:
             self._refuse_item(*problem)
+
+    def _check_scalars(self) -> None:
         for row, reason in enumerate(self._batch.column("finish_reason").to_pylist()):
             if reason not in FINISH_REASONS:
                 self._refuse(row, ("finish_reason", f"one of {', '.join(FINISH_REASONS)}", repr(reason), -1))
@@ -120,14 +141,16 @@ class BatchView:
         self._refuse(row, (name, expected, found, at - int(self._offsets[name][row])))
 
     def _check_lengths(self) -> None:
-        response_len = np.diff(self._offsets["token_ids"]) - self.prompt_len
-        wrong = (self.prompt_len < 1) | (response_len < 1)
+        """Against the index, which was checked when the cache was opened."""
+        wrong = self.prompt_len != self._tokens - self._response_tokens
         if wrong.any():
-            raise FormatError(f"{self.where}, row {int(np.argmax(wrong))}: prompt or response is empty")
-        for name in RESPONSE_LISTS:
-            expected = response_len
+            row = int(np.argmax(wrong))
+            expected_len = int(self._tokens[row] - self._response_tokens[row])
+            self._refuse(row, ("prompt_len", f"{expected_len}, by the index", int(self.prompt_len[row]), -1))
+        for name in (*TOKEN_LISTS, *RESPONSE_LISTS) if self._has_lists else ():
+            expected = self._tokens if name in TOKEN_LISTS else self._response_tokens
             if name in self._missing:
-                expected = np.where(self._missing[name], 0, response_len)
+                expected = np.where(self._missing[name], 0, expected)
             wrong = np.diff(self._offsets[name]) != expected
             if wrong.any():
                 row = int(np.argmax(wrong))
@@ -137,10 +160,13 @@ class BatchView:
                     row=row,
                     column=name,
                 )
-        wrong = self._items["loss_mask"] > 1
-        if wrong.any():
+        if self._has_lists and (wrong := self._items["loss_mask"] > 1).any():
             at = int(np.argmax(wrong))
             self._refuse_item("loss_mask", "0 or 1", self._items["loss_mask"][at], at)
+
+    def column(self, name: str) -> pa.Array:
+        """A native column as Arrow sees it."""
+        return self._batch.column(name)
 
     def list_row(self, name: str, row: int) -> NDArray[Any] | None:
         """One row of a list column as a view, None where absent."""
@@ -148,6 +174,46 @@ class BatchView:
             return None
         offsets = self._offsets[name]
         return self._items[name][offsets[row] : offsets[row + 1]]
+
+    def list_place(self, name: str, row: int) -> tuple[NDArray[Any], int] | None:
+        """The items of all rows of a list column, and which is the first of this row; None where absent."""
+        if name in self._missing and self._missing[name][row]:
+            return None
+        return self._items[name], int(self._offsets[name][row])
+
+    def plain_place(self, name: str, row: int) -> tuple[NDArray[np.uint32], int]:
+        """All `plain` pages of a column as words, and where the body of this row's begins."""
+        return self._items[name].view(np.uint32), (int(self._offsets[name][row]) + _PAGE_HEADER_BYTES) // 4
+
+    def is_proven(self, row: int, ranks: int) -> bool:
+        """Whether the first ranks of this row were read before and found possible."""
+        return self._proven is not None and row in self._proven.rows("topk", ranks)
+
+    def topk_into(
+        self,
+        row: int,
+        columns: Sequence[PackedColumn],
+        ids: NDArray[np.uint32],
+        logprob: NDArray[np.float32],
+        log_tail: NDArray[np.float32],
+    ) -> None:
+        """Decode whole bands of one row, the first and those that follow it, into [P, k], [P, k] and [P].
+
+        Errors as for `topk`; the arrays then hold anything.
+        """
+        for column in columns:
+            part = slice(column.rank_start, column.rank_end)
+            decode_into(
+                self._page(column.name, row),
+                column.page_shape(self.response_len(row)),
+                encoding=self._schema.encoding,
+                id_table=self._id_table,
+                where=f"{self.where}, row {row}, column {column.name}",
+                ids=ids[:, part],
+                logprob=logprob[:, part],
+                log_tail=log_tail if column is columns[-1] else None,
+            )
+        self._prove("topk", columns[-1].rank_end, Band(ids, logprob, log_tail), row)
 
     def topk(self, row: int, ranks: int | None = None) -> Band:
         """The first `ranks` ranks of one row (None: all). One band is a view, several are copied.
@@ -238,17 +304,19 @@ class BatchView:
     @property
     def n_response_tokens(self) -> int:
         """R of all rows."""
-        return len(self._items["token_ids"]) - int(self.prompt_len.sum())
+        return int(self._response_tokens.sum())
 
     def response_len(self, row: int) -> int:
         """R of one row."""
-        offsets = self._offsets["token_ids"]
-        return int(offsets[row + 1] - offsets[row] - self.prompt_len[row])
+        return int(self._response_tokens[row])
 
     def rollout(
         self, row: int, *, ranks: int | None = None, columns: Collection[str] | None = None
     ) -> Rollout:
-        """One row. Fields outside `columns` stay None; token_ids and prompt_len are always there."""
+        """One row. Fields outside `columns` stay None; token_ids and prompt_len are always there.
+
+        All of `CacheSchema.parts(ranks, columns)` has to be there.
+        """
         wanted = columns if columns is None else _ALWAYS | set(columns)
         fields: dict[str, Any] = {"prompt_len": int(self.prompt_len[row])}
         for name in ARRAY_FIELDS:
@@ -256,13 +324,10 @@ class BatchView:
                 fields[name] = self.list_row(name, row)
         if fields.get("loss_mask") is not None:
             fields["loss_mask"] = fields["loss_mask"].view(np.bool_)
-        for kind, names in SUPPORTS.items():
-            unwanted = wanted is not None and wanted.isdisjoint(names)
-            if unwanted or not getattr(self._schema, kind) or (kind == "topk" and ranks == 0):
-                continue
+        for kind in self._schema.wanted_supports(ranks, wanted):
             band = self.topk(row, ranks) if kind == "topk" else self.support(kind, row)
             parts = (band.ids, band.logprob, band.log_tail, band.draws)
-            fields |= {name: part for name, part in zip(names, parts, strict=True) if name}
+            fields |= {name: part for name, part in zip(SUPPORTS[kind], parts, strict=True) if name}
         for name in SCALARS:
             if name not in ("rollout_hash", "prompt_len") and (wanted is None or name in wanted):
                 fields[name] = self._batch.column(name)[row].as_py()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import os
+import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +18,45 @@ from opd_store import layout
 from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView, Proven
 from opd_store.encodings import IdTable, PageStreams
 from opd_store.errors import CacheNotFoundError, IntegrityError, InvalidArgumentError
-from opd_store.index import FileRef, RolloutTable, SegmentRef, decode_shard_table
+from opd_store.index import FileRef, RolloutTable, SegmentRef, ShardTable, decode_shard_table
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
 from opd_store.rollout import Rollout
 from opd_store.schema import SCALARS, CacheSchema, arrow_schema
-from opd_store.shard import ShardInfo, ShardReader, file_digest
+from opd_store.shard import MappedShard, Proof, ShardInfo, ShardReader, file_digest, require_size
 from opd_store.storage import LocalStorage, resolve
 from opd_store.table import rollouts_to_arrow
+from opd_store.watch import FileWatch
 
 _OPEN_BATCHES = 256
 """Record batches kept parsed. Each costs a few kilobytes; their data stays in the page cache."""
+_OPEN_SHARDS = 512
+"""Shards kept mapped or connected."""
+_PREFETCHED_BATCHES = 64
+"""Record batches that reading a column asks for ahead."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What was found right about a shard; kept when the shard is no longer open."""
+
+    proof: Proof
+    proven: dict[int, Proven] = field(default_factory=dict)
+    """By record batch of the shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenBatch:
+    view: BatchView
+    parts: frozenset[int]
+    require_whole: Callable[[], None]
 
 
 def open_cache(uri: str | os.PathLike[str], *, check_values: bool = True) -> Cache:
     """Open the newest version of a cache, or the one pinned by `path@sha256:...`. Exported as
     `opd_store.open`.
 
-    Reads the manifest, the shard tables and the id table; shards are mapped and checked when first used.
+    Reads the manifest and the shard tables; shards and the id table are mapped and checked when first used.
 
     Args:
         check_values: prove at the first read of each row that its values are possible: ids inside the
@@ -86,27 +109,17 @@ class Cache(Sequence[Rollout]):
         self.digest = digest
         """`sha256:...` of the manifest: the identity of this version."""
         self._arrow = arrow_schema(manifest.schema)
-        self._shards: list[ShardInfo] = []
-        self._segment_start: list[int] = []
-        for segment in manifest.segments:
-            self._segment_start.append(len(self._shards))
-            self._shards += self._load_shard_table(segment)
-        self._first_row: list[int] = []
-        self._batch_at: list[tuple[int, int]] = []
-        self._shard_row: list[int] = []
-        row = 0
-        for number, shard in enumerate(self._shards):
-            self._shard_row.append(row)
-            for batch, region in enumerate(region for region in shard.regions if region.rows):
-                self._first_row.append(row)
-                self._batch_at.append((number, batch))
-                row += region.rows
-        self._readers: dict[int, ShardReader] = {}
-        self._batches: OrderedDict[int, BatchView] = OrderedDict()
-        self._tables: dict[int, RolloutTable] = {}
-        self._proven: dict[int, Proven] = {}
-        self.id_table = self._load_id_table()
-        """What the ids of packed pages may refer to; None if there is none. Other caches may use it too."""
+        tables = [self._load_shard_table(segment) for segment in manifest.segments]
+        self._shards = ShardTable.join(tables, manifest.schema.n_parts)
+        self._segment_start = np.cumsum([0, *map(len, tables)])
+        self._first_row = np.concatenate([[0], np.cumsum(self._shards.batch_rows)])
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, tuple[ShardReader, _Known]] = OrderedDict()
+        self._known: dict[int, _Known] = {}
+        self._batches: OrderedDict[int, _OpenBatch] = OrderedDict()
+        self._selections: dict[tuple[int | None, frozenset[str] | None], tuple[int, ...]] = {}
+        self._tables: dict[int, tuple[RolloutTable, FileWatch]] = {}
+        _CACHES.add(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         reopen = functools.partial(open_cache, check_values=self._check_values)
@@ -152,6 +165,11 @@ class Cache(Sequence[Rollout]):
         return self.schema.encoding
 
     @property
+    def checks_values(self) -> bool:
+        """Whether values are proven possible when they are first read; see `opd_store.open`."""
+        return self._check_values
+
+    @property
     def max_error(self) -> float:
         """Nats: how far stored log-probs and tails are from those appended, at most; 0 if exact."""
         return max((segment.max_error for segment in self._manifest.segments), default=0.0)
@@ -182,23 +200,50 @@ class Cache(Sequence[Rollout]):
     @property
     def batch_rows(self) -> NDArray[np.int64]:
         """[B] rollouts of every record batch; those of the first come first, and so on."""
-        starts = np.array(self._first_row, np.int64)
-        return np.append(starts[1:], len(self))[: len(starts)] - starts
+        return self._shards.batch_rows
 
-    @functools.cached_property
+    @property
     def row_tokens(self) -> NDArray[np.uint32]:
         """[rows] tokens of every rollout, prompt included. From the index: no shard is read."""
-        return np.array([len(rollout.token_ids) for rollout in self.scan(columns=())], np.uint32)
+        return self._shards.row_tokens
 
-    @functools.cached_property
+    @property
     def row_response_tokens(self) -> NDArray[np.uint32]:
         """[rows] response tokens of every rollout. From the index: no shard is read."""
-        return np.array([rollout.response_len for rollout in self.scan(columns=())], np.uint32)
+        return self._shards.row_response_tokens
+
+    @functools.cached_property
+    def id_table(self) -> IdTable | None:
+        """What the ids of packed pages may refer to; None if there is none. Other caches may use it too.
+
+        Raises:
+            IntegrityError, FormatError: its file is damaged.
+        """
+        return self._load_id_table()
 
     def prefetch(
         self, rows: Sequence[int], *, ranks: int | None = None, columns: Collection[str] | None = None
     ) -> None:
-        """Ask for what `gather` of these rows will need, and return at once. Local caches need nothing."""
+        """Ask for what `gather` of these rows will need, and return at once. Local caches need nothing.
+
+        Args:
+            rows, ranks, columns: as for `gather`.
+
+        Raises:
+            IndexError: no such row.
+            InvalidArgumentError: more ranks than stored, or an unknown column.
+            IntegrityError, FormatError: a shard is damaged.
+        """
+        self._check_selection(ranks, columns)
+        wanted = np.unique(np.asarray(rows, np.int64))
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
+            raise IndexError(f"{self.uri}: rows {wanted[0]} to {wanted[-1]} of {len(self)}")
+        parts = self._parts(ranks, columns)
+        for number in np.unique(self._first_row.searchsorted(wanted, side="right") - 1).tolist():
+            with self._lock:
+                found = self._batches.get(number)
+            if found is None or not found.parts.issuperset(parts):
+                self._prefetch(number, parts)
 
     def __len__(self) -> int:
         return self._manifest.rows
@@ -225,7 +270,7 @@ class Cache(Sequence[Rollout]):
             IntegrityError, FormatError: the shard is damaged.
         """
         self._check_selection(ranks, columns)
-        batch, row = self._locate(row)
+        batch, row = self._locate(row, self._parts(ranks, columns))
         return batch.rollout(row, ranks=ranks, columns=columns)
 
     def page_streams(self, row: int, *, ranks: int | None = None) -> list[PageStreams]:
@@ -240,7 +285,7 @@ class Cache(Sequence[Rollout]):
         self._check_selection(ranks, None)
         if self.encoding == "plain":
             raise InvalidArgumentError(f"{self.uri}: plain pages have no streams")
-        batch, row = self._locate(row)
+        batch, row = self._locate(row, self._parts(ranks, ("topk_ids",)))
         return batch.page_streams(row, ranks)
 
     def column_bytes(self, *, batches: int = 16) -> tuple[dict[str, int], int]:
@@ -249,11 +294,11 @@ class Cache(Sequence[Rollout]):
         Returns:
             Bytes of every column, and the response tokens of the same record batches.
         """
-        n_batches = len(self._first_row)
+        n_batches = len(self.batch_rows)
         sizes = dict.fromkeys(self._arrow.names, 0)
         tokens = 0
         for number in sorted({index * n_batches // batches for index in range(batches if n_batches else 0)}):
-            view = self._batch(number)
+            view = self._batch(number, self.schema.parts())
             tokens += view.n_response_tokens
             for name, n_bytes in view.column_bytes().items():
                 sizes[name] += n_bytes
@@ -262,8 +307,9 @@ class Cache(Sequence[Rollout]):
     def scan(self, *, ranks: int | None = None, columns: Collection[str] | None = None) -> Iterator[Rollout]:
         """All rollouts in order. Arguments and errors as for `rollout`."""
         self._check_selection(ranks, columns)
-        for number in range(len(self._first_row)):
-            batch = self._batch(number)
+        parts = self._parts(ranks, columns)
+        for number in range(len(self.batch_rows)):
+            batch = self._batch(number, parts)
             for row in range(batch.n_rows):
                 yield batch.rollout(row, ranks=ranks, columns=columns)
 
@@ -279,12 +325,41 @@ class Cache(Sequence[Rollout]):
         """Rows of all rollouts with this hash: the same tokens may have been sampled more than once."""
         for number in range(len(self._manifest.segments)):
             for shard, row in self.rollout_table(number).find(rollout_hash):
-                yield self._shard_row[self._segment_start[number] + shard] + row
+                yield int(self._shards.first_row[self._segment_start[number] + shard]) + row
 
     def row_hash(self, row: int) -> bytes:
         """The stored rollout hash of a row, 32 bytes."""
-        batch, row = self._locate(row)
+        batch, row = self._locate(row, (0,))
         return bytes(batch.hashes[row])
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One scalar or `x_*` column of all rollouts, in order, a chunk a record batch; for filters.
+
+        No list and no page is read: only the first part of each record batch is.
+
+        Raises:
+            InvalidArgumentError: not a scalar column.
+            IntegrityError, FormatError: a shard is damaged.
+        """
+        names = (*SCALARS, *sorted(self.schema.user_columns))
+        if name not in names:
+            raise InvalidArgumentError(f"column: {name!r:.100} is not one of {', '.join(names)}")
+        chunks = []
+        n_batches = len(self.batch_rows)
+        for number in range(min(_PREFETCHED_BATCHES, n_batches)):
+            self._prefetch(number, (0,))
+        for number in range(n_batches):
+            if number + _PREFETCHED_BATCHES < n_batches:
+                self._prefetch(number + _PREFETCHED_BATCHES, (0,))
+            found = self._make_view(number, (0,)).view.column(name)
+            # A copy, so that not every shard stays open.
+            chunks.append(found.take(pa.array(np.arange(len(found)))))
+        return pa.chunked_array(chunks, self._arrow.field(name).type)
+
+    def shard_name(self, row: int) -> str:
+        """The shard that holds a row, as a path below the cache's address."""
+        shard = np.searchsorted(self._shards.first_row, row % len(self), side="right") - 1
+        return self._shards[int(shard)].path
 
     def to_arrow(
         self,
@@ -315,54 +390,125 @@ class Cache(Sequence[Rollout]):
                     f"columns: {unknown[0]!r:.100} is not one of {', '.join(sorted(known))}"
                 )
 
-    def _locate(self, row: int) -> tuple[BatchView, int]:
+    def _parts(self, ranks: int | None, columns: Collection[str] | None) -> tuple[int, ...]:
+        """What `CacheSchema.parts` says, remembered: it would take longer than a row of a `plain` cache."""
+        key = ranks, None if columns is None else frozenset(columns)
+        found = self._selections.get(key)
+        if found is None:
+            found = self._selections[key] = self.schema.parts(ranks, columns)
+        return found
+
+    def locate(
+        self, rows: NDArray[np.int64], *, ranks: int | None, columns: Collection[str]
+    ) -> list[tuple[BatchView, int]]:
+        """The record batch of every row, and which of its rows it is. Internal to the package."""
+        parts = self._parts(ranks, columns)
+        numbers = self._first_row.searchsorted(rows, side="right") - 1
+        inside = (rows - self._first_row[numbers]).tolist()
+        views = {number: self._batch(number, parts) for number in dict.fromkeys(numbers.tolist())}
+        return [(views[number], row) for number, row in zip(numbers.tolist(), inside, strict=True)]
+
+    def _locate(self, row: int, parts: tuple[int, ...]) -> tuple[BatchView, int]:
         n_rows = len(self)
         if not -n_rows <= row < n_rows:
             raise IndexError(f"{self.uri}: row {row} of {n_rows}")
         row %= n_rows
-        number = bisect.bisect_right(self._first_row, row) - 1
-        return self._batch(number), row - self._first_row[number]
+        number = int(self._first_row.searchsorted(row, side="right")) - 1
+        return self._batch(number, parts), row - int(self._first_row[number])
 
-    def _batch(self, number: int) -> BatchView:
-        view = self._batches.get(number)
-        if view is None:
-            shard, batch = self._batch_at[number]
-            where = f"{self._storage.describe(self._shards[shard].path)}, record batch {batch}"
-            arrow_batch = self.shard_reader(shard).batch(batch)
-            proven = self._proven.setdefault(number, Proven()) if self._check_values else None
-            view = BatchView(
-                arrow_batch,
-                self.schema,
-                vocab_size=self.meta.vocab_size,
-                id_table=self.id_table,
-                proven=proven,
-                where=where,
-            )
-            self._batches[number] = view
+    def _batch(self, number: int, parts: tuple[int, ...]) -> BatchView:
+        """A view of a record batch that has at least these parts."""
+        with self._lock:
+            found = self._batches.get(number)
+            if found is not None:
+                self._batches.move_to_end(number)
+        if found is not None and found.parts.issuperset(parts):
+            found.require_whole()
+            return found.view
+        wanted = parts if found is None else tuple(sorted(found.parts.union(parts)))
+        made = self._make_view(number, wanted)
+        with self._lock:
+            self._batches[number] = made
+            self._batches.move_to_end(number)
             if len(self._batches) > _OPEN_BATCHES:
                 self._batches.popitem(last=False)
-        return view
+        return made.view
+
+    def _make_view(self, number: int, parts: tuple[int, ...]) -> _OpenBatch:
+        shard, batch = self._batch_at(number)
+        reader, known = self._open_shard(shard)
+        first, end = self._first_row[number : number + 2].tolist()
+        proven = known.proven.setdefault(batch, Proven())
+        view = BatchView(
+            reader.batch(batch, parts),
+            self.schema,
+            row_tokens=self.row_tokens[first:end],
+            row_response_tokens=self.row_response_tokens[first:end],
+            vocab_size=self.meta.vocab_size,
+            id_table=self.id_table if parts[-1] >= layout.NATIVE_PARTS else None,
+            proven=proven if self._check_values else None,
+            where=f"{reader.uri}, record batch {batch}",
+        )
+        source = reader.source
+        require_whole = source.require_whole if isinstance(source, MappedShard) else _nothing
+        return _OpenBatch(view, frozenset(parts), require_whole)
+
+    def _prefetch(self, number: int, parts: tuple[int, ...]) -> None:
+        shard, batch = self._batch_at(number)
+        self.shard_reader(shard).source.prefetch(batch, parts)
+
+    def _batch_at(self, number: int) -> tuple[int, int]:
+        """Shard of a record batch, and which of its record batches it is."""
+        shard = int(self._shards.batch_shard[number])
+        return shard, number - int(self._shards.first_batch[shard])
 
     def shard_reader(self, number: int) -> ShardReader:
-        """A mapped shard. Internal to the package."""
-        if number not in self._readers:
-            info = self._shards[number]
-            buffer = self._storage.map(info.path)
-            self._readers[number] = ShardReader(
-                buffer, info, self._arrow, uri=self._storage.describe(info.path)
-            )
-        return self._readers[number]
+        """An open shard. Internal to the package."""
+        return self._open_shard(number)[0]
+
+    def _open_shard(self, number: int) -> tuple[ShardReader, _Known]:
+        with self._lock:
+            found = self._open.get(number)
+            if found is not None:
+                self._open.move_to_end(number)
+                return found
+        info = self._shards[number]
+        uri = self._storage.describe(info.path)
+        buffer = self._storage.map(info.path)
+        watch = FileWatch(uri, buffer.size)
+        known = self._remembered(number, watch.identity)
+        source = MappedShard(buffer, info, self._arrow, uri=uri, current_size=watch.size, proof=known.proof)
+        made = ShardReader(source, info, self._arrow, uri=uri, proof=known.proof), known
+        with self._lock:
+            self._open[number] = made
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return made
+
+    def _remembered(self, number: int, identity: Hashable) -> _Known:
+        """What is known about a shard, forgotten where its file is not the one that was read before."""
+        with self._lock:
+            known = self._known.get(number)
+            if known is None or known.proof.identity != identity:
+                known = self._known[number] = _Known(Proof(identity))
+            return known
 
     def rollout_table(self, number: int) -> RolloutTable:
         """The rollout table of a segment, digest checked at first use. Internal to the package."""
-        if number not in self._tables:
-            segment = self._manifest.segments[number]
+        segment = self._manifest.segments[number]
+        where = self._storage.describe(segment.rollouts.path)
+        with self._lock:
+            found = self._tables.get(number)
+        if found is None:
             buffer = self._load_index_file(segment.rollouts)
-            where = self._storage.describe(segment.rollouts.path)
-            start = self._segment_start[number]
-            shard_rows = [shard.rows for shard in self._shards[start : start + segment.n_shards]]
-            self._tables[number] = RolloutTable(buffer, shard_rows, where=where)
-        return self._tables[number]
+            start, end = self._segment_start[number : number + 2]
+            shard_rows = np.diff(self._shards.first_row[start : end + 1])
+            found = RolloutTable(buffer, shard_rows, where=where), FileWatch(where, buffer.size)
+            with self._lock:
+                self._tables[number] = found
+        table, watch = found
+        require_size(watch.size(), segment.rollouts.n_bytes, uri=where)
+        return table
 
     @property
     def manifest(self) -> Manifest:
@@ -374,13 +520,13 @@ class Cache(Sequence[Rollout]):
         """The shard tables, joined. Internal to the package."""
         return self._shards
 
-    def _load_shard_table(self, segment: SegmentRef) -> list[ShardInfo]:
+    def _load_shard_table(self, segment: SegmentRef) -> ShardTable:
         where = self._storage.describe(segment.shards.path)
-        shards = decode_shard_table(self._load_index_file(segment.shards), where=where)
-        sums = [len(shards)]
-        sums += [
-            sum(getattr(s, name) for s in shards) for name in ("rows", "tokens", "response_tokens", "n_bytes")
-        ]
+        # A copy: these arrays are used as long as the cache is open, whatever becomes of the file.
+        buffer = pa.py_buffer(self._load_index_file(segment.shards).to_pybytes())
+        shards = decode_shard_table(buffer, self.schema.n_parts, where=where)
+        counts = ("rows", "tokens", "response_tokens", "n_bytes")
+        sums = [len(shards), *(shards.total(name) for name in counts)]
         if sums != [segment.n_shards, segment.rows, segment.tokens, segment.response_tokens, segment.n_bytes]:
             raise IntegrityError(f"{where}: its counts {sums} are not those of the manifest")
         return shards
@@ -390,7 +536,7 @@ class Cache(Sequence[Rollout]):
         if ref is None:
             return None
         where = self._storage.describe(ref.path)
-        data = np.frombuffer(self._load_index_file(ref), np.uint8)
+        data = np.frombuffer(self._load_index_file(ref).to_pybytes(), np.uint8)
         return IdTable.from_bytes(data, vocab_size=self.meta.vocab_size, where=where)
 
     def _load_index_file(self, ref: FileRef) -> pa.Buffer:
@@ -402,3 +548,19 @@ class Cache(Sequence[Rollout]):
                 uri=where,
             )
         return buffer
+
+
+def _nothing() -> None:
+    """What a shard needs that nobody can cut under its reader."""
+
+
+_CACHES: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    # Another thread of the parent may have held one at the moment of the fork.
+    for cache in _CACHES:
+        cache._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

@@ -12,7 +12,7 @@ from opd_store.errors import CacheExistsError, InvalidArgumentError
 from opd_store.manifest import Manifest, encode_manifest
 from opd_store.meta import CacheMeta
 from opd_store.schema import CacheSchema, Cut
-from opd_store.storage import resolve
+from opd_store.storage import resolve_writable
 from opd_store.writer import (
     DEFAULT_BATCH_BYTES,
     DEFAULT_SHARD_BYTES,
@@ -59,12 +59,10 @@ def create(
 
     Raises:
         CacheExistsError: something is already there; continue a cache with `append`.
-        InvalidArgumentError: an argument outside its range.
+        InvalidArgumentError: an argument outside its range, or a URL: buckets are read only.
         StorageError: the place cannot be written to.
     """
-    storage, pin = resolve(uri)
-    if pin is not None:
-        raise InvalidArgumentError(f"{uri}: a pinned version cannot be written to")
+    storage = resolve_writable(uri)
     if storage.versions() or not storage.is_empty():
         raise CacheExistsError(
             f"{storage.uri}: already exists. Choose another path, or continue it with `append`."
@@ -136,12 +134,11 @@ def append(
 
     Raises:
         CacheNotFoundError: nothing to continue.
+        InvalidArgumentError: a URL: buckets are read only.
         MismatchError: `meta` differs from the cache's, with the field and both values.
         UnsupportedVersionError: a newer release wrote it.
     """
-    storage, pin = resolve(uri)
-    if pin is not None:
-        raise InvalidArgumentError(f"{uri}: a pinned version cannot be written to")
+    storage = resolve_writable(uri)
     cache = Cache(storage, *load_manifest(storage))
     require_known(cache)
     if meta is not None:

@@ -10,7 +10,7 @@ OpdError
 ├── CacheNotFoundError     nothing to open                                          (also FileNotFoundError)
 ├── CacheExistsError       something is already there                               (also FileExistsError)
 ├── CommitConflictError    another writer committed the same version first
-└── StorageError           the disk said no: full, read-only, I/O error             (also OSError)
+└── StorageError           disk or bucket said no: full, denied, out of reach       (also OSError)
 
 Every class survives pickling, since loader workers send errors between processes.
 """

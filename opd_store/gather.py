@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_store import kernels
+from opd_store.batch import BatchView
 from opd_store.cache import Cache
+from opd_store.errors import InvalidArgumentError
+from opd_store.schema import CacheSchema, PackedColumn
 
 Allocate = Callable[[str, tuple[int, ...], Any], NDArray[Any]]
 """Makes the array for a named field: (name, shape, dtype) -> array to be filled."""
@@ -26,7 +30,7 @@ class Packed:
     token_ids: NDArray[np.uint32]
     """[T]."""
     loss_mask: NDArray[np.bool_] | None
-    """[N]."""
+    """[N]; all True for a rollout without one, None only if none of them has one."""
     teacher_logprob: NDArray[np.float32] | None
     """[N] nats, as are the next two."""
     behaviour_logprob: NDArray[np.float32] | None
@@ -48,6 +52,9 @@ FIELDS = (
     "topk_logprob",
     "log_tail",
 )
+_LISTS, _TOPK = FIELDS[:4], frozenset(FIELDS[4:])
+Place = tuple[BatchView, int]
+"""A rollout: its record batch, and which row of that it is."""
 
 
 def gather(
@@ -74,19 +81,128 @@ def gather(
             no response to.
         IntegrityError, FormatError: a shard is damaged.
     """
+    wanted = np.asarray(rows, np.int64)
+    _check(cache, wanted, ranks, columns)
+    lengths = cache.row_tokens[wanted].astype(np.int64)
+    responses = cache.row_response_tokens[wanted].astype(np.int64)
+    if max_tokens is not None:
+        cut = np.maximum(lengths - max_tokens, 0)
+        lengths, responses = lengths - cut, responses - cut
+        if responses.min() < 1:
+            at = int(responses.argmin())
+            raise InvalidArgumentError(
+                f"{cache.uri}: row {wanted[at]} has a prompt of {lengths[at] - responses[at]} tokens; "
+                f"max_tokens={max_tokens} leaves no response"
+            )
+    places = cache.locate(wanted, ranks=ranks, columns=columns)
     make = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
-    stored = [name for name in columns if cache.topk or name not in FIELDS[4:]]
-    found = [cache.rollout(int(row), ranks=ranks, columns=stored) for row in rows]
-    ends = [len(r.token_ids) if max_tokens is None else min(max_tokens, len(r.token_ids)) for r in found]
-    responses = [end - r.prompt_len for end, r in zip(ends, found, strict=True)]
-    fields: dict[str, Any] = {}
-    for name in ("token_ids", *FIELDS):
-        values = [getattr(rollout, name) for rollout in found]
-        if any(value is None for value in values):
-            fields[name] = None
-            continue
-        cuts = ends if name == "token_ids" else responses
-        whole = np.concatenate([value[:n] for value, n in zip(values, cuts, strict=True)])
-        fields[name] = make(name, whole.shape, whole.dtype)
-        fields[name][...] = whole
-    return Packed(np.array(ends, np.int64), np.array(responses, np.int64), **fields)
+    fields: dict[str, Any] = dict.fromkeys(FIELDS)
+    fields["token_ids"] = _joined("token_ids", places, lengths, make)
+    for name in _LISTS:
+        if name in columns:
+            fields[name] = _joined(name, places, responses, make)
+    if cache.topk and ranks != 0 and not _TOPK.isdisjoint(columns):
+        fields |= _topk(cache.schema, cache.topk if ranks is None else ranks, places, responses, make)
+    return Packed(lengths, responses, **fields)
+
+
+def _check(cache: Cache, rows: NDArray[np.int64], ranks: int | None, columns: Collection[str]) -> None:
+    unknown = sorted(set(columns) - set(FIELDS))
+    if unknown:
+        raise InvalidArgumentError(f"columns: {unknown[0]!r:.100} is not one of {', '.join(FIELDS)}")
+    if ranks is not None and not 0 <= ranks <= cache.topk:
+        raise InvalidArgumentError(f"ranks: expected 0..{cache.topk} (the stored top-k), found {ranks}")
+    if not len(rows):
+        raise InvalidArgumentError("rows: expected one or more, found none")
+    if rows.min() < 0 or rows.max() >= len(cache):
+        wrong = rows[(rows < 0) | (rows >= len(cache))][0]
+        raise IndexError(f"{cache.uri}: row {wrong} of {len(cache)}")
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[S + 1] where each rollout begins; last the sum."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _joined(name: str, places: list[Place], counts: NDArray[np.int64], make: Allocate) -> NDArray[Any] | None:
+    """The first `counts` items of a list column of every rollout, end to end."""
+    found = [view.list_place(name, row) for view, row in places]
+    is_mask = name == "loss_mask"
+    present = [place for place in found if place is not None]
+    if not present or (len(present) < len(found) and not is_mask):
+        return None
+    starts = _starts(counts)
+    dtype = np.dtype(np.bool_) if is_mask else present[0][0].dtype
+    target = make(name, (int(starts[-1]),), dtype)
+    into = target.view(np.uint8) if is_mask else target
+    sources, firsts = [], []
+    for place, start, end in zip(found, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        if place is None:
+            into[start:end] = 1
+        else:
+            sources.append(place[0])
+            firsts.append(place[1])
+    if len(present) < len(found):
+        is_there = np.array([place is not None for place in found])
+        kernels.copy_rows(into, starts[:-1][is_there], sources, firsts, counts[is_there])
+    else:
+        kernels.copy_rows(into, starts[:-1], sources, firsts, counts)
+    return target
+
+
+def _topk(
+    schema: CacheSchema, ranks: int, places: list[Place], counts: NDArray[np.int64], make: Allocate
+) -> dict[str, NDArray[Any]]:
+    """Ids, log-probs and tails of every rollout, decoded to their places."""
+    starts = _starts(counts)
+    n_positions = int(starts[-1])
+    ids = make("topk_ids", (n_positions, ranks), np.dtype(np.uint32))
+    logprob = make("topk_logprob", (n_positions, ranks), np.dtype(np.float32))
+    log_tail = make("log_tail", (n_positions,), np.dtype(np.float32))
+    bands = schema.topk_columns(ranks)
+    ends_with_band = bands[-1].rank_end == ranks
+    copied: list[int] = []
+    for number, (view, row) in enumerate(places):
+        part = slice(starts[number], starts[number + 1])
+        if not ends_with_band or counts[number] != view.response_len(row):
+            band = view.topk(row, ranks)
+            n = int(counts[number])
+            ids[part], logprob[part], log_tail[part] = band.ids[:n], band.logprob[:n], band.log_tail[:n]
+        elif schema.encoding == "plain" and view.is_proven(row, ranks):
+            copied.append(number)
+        else:
+            view.topk_into(row, bands, ids[part], logprob[part], log_tail[part])
+    if copied:
+        _copy_plain(
+            bands,
+            [places[number] for number in copied],
+            starts[copied],
+            counts[copied],
+            ids,
+            logprob,
+            log_tail,
+        )
+    return {"topk_ids": ids, "topk_logprob": logprob, "log_tail": log_tail}
+
+
+def _copy_plain(
+    bands: Sequence[PackedColumn],
+    places: list[Place],
+    starts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    ids: NDArray[np.uint32],
+    logprob: NDArray[np.float32],
+    log_tail: NDArray[np.float32],
+) -> None:
+    """Copy pages that were checked when they were first read: all rollouts of a band at once."""
+    for column in bands:
+        part = slice(column.rank_start, column.rank_end)
+        found = [view.plain_place(column.name, row) for view, row in places]
+        words = [place[0] for place in found]
+        floats = [place[0].view(np.float32) for place in found]
+        first = np.array([place[1] for place in found])
+        entries = counts * (column.rank_end - column.rank_start)
+        kernels.copy_rows(ids[:, part], starts, words, first, counts)
+        kernels.copy_rows(logprob[:, part], starts, floats, first + entries, counts)
+        if column is bands[-1]:
+            kernels.copy_rows(log_tail, starts, floats, first + 2 * entries, counts)

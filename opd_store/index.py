@@ -9,16 +9,16 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from opd_store import layout
 from opd_store.arrow_message import check_record_batch, record_batches
 from opd_store.errors import FormatError
-from opd_store.shard import Region, ShardInfo, check_regions, require_in_place, require_no_nulls
+from opd_store.shard import Region, ShardInfo, require_in_place, require_no_nulls
 
 
 def _list_of(kind: pa.DataType) -> pa.DataType:
@@ -40,8 +40,11 @@ SHARD_TABLE = _required(
         "region_length": _list_of(pa.uint64()),
         "region_crc32c": _list_of(pa.uint32()),
         "region_rows": _list_of(pa.uint32()),
+        "row_tokens": _list_of(pa.uint32()),
+        "row_response_tokens": _list_of(pa.uint32()),
     }
 )
+_COUNTS, _REGIONS, _LENGTHS = SHARD_TABLE.names[1:5], SHARD_TABLE.names[5:9], SHARD_TABLE.names[9:]
 ROLLOUT_TABLE = _required(
     {"rollout_hash": pa.binary(layout.HASH_BYTES), "shard": pa.uint32(), "row": pa.uint32()}
 )
@@ -80,32 +83,210 @@ class SegmentRef:
 
 def encode_shard_table(shards: Sequence[ShardInfo]) -> bytes:
     """The shard table as an Arrow IPC file."""
-    scalars = [[getattr(shard, name) for shard in shards] for name in SHARD_TABLE.names[:5]]
-    regions = [
+    columns: list[Any] = [[getattr(shard, name) for shard in shards] for name in ("sha256", *_COUNTS)]
+    columns += [
         [[getattr(region, name.removeprefix("region_")) for region in shard.regions] for shard in shards]
-        for name in SHARD_TABLE.names[5:]
+        for name in _REGIONS
     ]
-    return _encode(SHARD_TABLE, scalars + regions)
+    for name in _LENGTHS:
+        lists = [getattr(shard, name) for shard in shards]
+        ends = np.cumsum([0, *map(len, lists)])
+        values = np.concatenate([np.empty(0, np.uint32), *lists])
+        array = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.uint32()))
+        columns.append(array.cast(SHARD_TABLE.field(name).type))
+    return _encode(SHARD_TABLE, columns)
 
 
-def decode_shard_table(buffer: pa.Buffer, *, where: str) -> list[ShardInfo]:
+class ShardTable(Sequence[ShardInfo]):
+    """Shards of one or more segments, as arrays. `table[i]` makes the entry of one.
+
+    Axes: S = shards, B = record batches of all of them, N = rollouts of all of them.
+    """
+
+    def __init__(
+        self, columns: dict[str, NDArray[Any]], at: dict[str, NDArray[np.int64]], n_parts: int
+    ) -> None:
+        """Take arrays that were checked.
+
+        Args:
+            columns: those of the file, lists end to end.
+            at: [S + 1] where the "region" and the "row" lists of each shard start.
+            n_parts: regions of a record batch.
+        """
+        self._columns, self._at, self._n_parts = columns, at, n_parts
+        region_rows = columns["region_rows"]
+        self.first_row = at["row"]
+        """[S + 1] row of the table at which each shard starts."""
+        self.first_batch = np.concatenate([[0], np.cumsum((np.diff(at["region"]) - 2) // n_parts)])
+        """[S + 1] record batch of the table at which each shard starts."""
+        self.batch_rows: NDArray[np.int64] = region_rows[region_rows > 0].astype(np.int64)
+        """[B] rollouts of each record batch."""
+        self.batch_shard: NDArray[np.int64] = np.repeat(np.arange(len(self)), np.diff(self.first_batch))
+        """[B] shard of each record batch."""
+        self.row_tokens: NDArray[np.uint32] = columns["row_tokens"]
+        """[N] tokens of each rollout, prompt included."""
+        self.row_response_tokens: NDArray[np.uint32] = columns["row_response_tokens"]
+        """[N] response tokens of each rollout."""
+        for array in (self.batch_rows, self.batch_shard, self.row_tokens, self.row_response_tokens):
+            array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self._at["row"]) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> ShardInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ShardInfo]: ...
+    def __getitem__(self, index: int | slice) -> ShardInfo | list[ShardInfo]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"shard {index} of {len(self)}")
+        index %= len(self)
+        regions, rows = (slice(*self._at[name][index : index + 2].tolist()) for name in ("region", "row"))
+        listed = (self._columns[name][regions].tolist() for name in _REGIONS)
+        n_bytes, n_rows, tokens, response_tokens = (int(self._columns[name][index]) for name in _COUNTS)
+        return ShardInfo(
+            sha256=self._columns["sha256"][index].tobytes(),
+            n_bytes=n_bytes,
+            rows=n_rows,
+            tokens=tokens,
+            response_tokens=response_tokens,
+            regions=tuple(map(Region, *listed)),
+            n_parts=self._n_parts,
+            row_tokens=self.row_tokens[rows],
+            row_response_tokens=self.row_response_tokens[rows],
+        )
+
+    def total(self, name: str) -> int:
+        """Sum over all shards of "n_bytes", "rows", "tokens" or "response_tokens"."""
+        return int(self._columns[name].sum())
+
+    @classmethod
+    def join(cls, tables: Sequence[ShardTable], n_parts: int) -> ShardTable:
+        """The tables of all segments as one; of none, an empty one."""
+        if len(tables) == 1:
+            return tables[0]
+        tables = [_empty_table(n_parts), *tables]
+        columns = {
+            name: np.concatenate([table._columns[name] for table in tables]) for name in SHARD_TABLE.names
+        }
+        at = {}
+        for name in ("region", "row"):
+            sizes = np.concatenate([np.diff(table._at[name]) for table in tables])
+            at[name] = np.concatenate([[0], np.cumsum(sizes)])
+        return cls(columns, at, n_parts)
+
+
+def _empty_table(n_parts: int) -> ShardTable:
+    columns: dict[str, NDArray[Any]] = {"sha256": np.empty((0, layout.HASH_BYTES), np.uint8)}
+    columns |= {name: np.empty(0, np.int64) for name in (*_COUNTS, *_REGIONS[:2])}
+    columns |= {name: np.empty(0, np.uint32) for name in (*_REGIONS[2:], *_LENGTHS)}
+    return ShardTable(columns, {name: np.zeros(1, np.int64) for name in ("region", "row")}, n_parts)
+
+
+def decode_shard_table(buffer: pa.Buffer, n_parts: int, *, where: str) -> ShardTable:
     """Read a shard table whose digest was checked.
 
+    Args:
+        n_parts: regions of a record batch, as the manifest's schema says.
+
     Raises:
-        FormatError: not a shard table, or regions that do not cover their shard.
+        FormatError: not a shard table, regions that do not cover their shard or are not the parts of record
+            batches, or lengths of rollouts that contradict the rest.
     """
-    table = _decode(buffer, SHARD_TABLE, where)
-    shards = []
-    for row in table.to_pylist():
-        columns = (row[f"region_{name}"] for name in ("offset", "length", "crc32c", "rows"))
-        try:
-            regions = tuple(Region(*values) for values in zip(*columns, strict=True))
-        except ValueError as error:
-            raise FormatError(f"{where}: region columns of different lengths") from error
-        shard = ShardInfo(**{name: row[name] for name in SHARD_TABLE.names[:5]}, regions=regions)
-        check_regions(shard.regions, shard.n_bytes, shard.rows, where=f"{where}, shard {shard.sha256.hex()}")
-        shards.append(shard)
-    return shards
+    batch = _decode(buffer, SHARD_TABLE, where)
+    n_shards = batch.num_rows
+    columns: dict[str, NDArray[Any]] = {
+        "sha256": _items(batch.column("sha256"), np.uint8)[: layout.HASH_BYTES * n_shards].reshape(
+            n_shards, -1
+        )
+    }
+    for name in _COUNTS:
+        column = batch.column(name)
+        columns[name] = _items(column, column.type.to_pandas_dtype())[:n_shards]
+    at: dict[str, NDArray[np.int64]] = {}
+    for name in (*_REGIONS, *_LENGTHS):
+        column = batch.column(name)
+        ends = _items(column, np.int32)[: n_shards + 1].astype(np.int64)
+        # Arrow allows lists to start anywhere in their items.
+        items = _items(column.values, column.type.value_type.to_pandas_dtype())
+        columns[name] = items[ends[0] : ends[-1]]
+        ends -= ends[0]
+        kind = name.split("_")[0]
+        at.setdefault(kind, ends)
+        wrong = np.diff(ends) != np.diff(at[kind])
+        _refuse_if(wrong, columns, where, f"its {kind} columns have different lengths")
+    _check_regions(columns, at["region"], n_parts, where)
+    _check_lengths(columns, at["row"], where)
+    # Now small enough, all of them.
+    columns |= {name: columns[name].astype(np.int64) for name in (*_COUNTS, *_REGIONS[:2])}
+    return ShardTable(columns, at, n_parts)
+
+
+def _check_regions(columns: dict[str, NDArray[Any]], at: NDArray[np.int64], n_parts: int, where: str) -> None:
+    offset, length, rows = (columns[f"region_{name}"] for name in ("offset", "length", "rows"))
+    counts = np.diff(at)
+    shard = np.repeat(np.arange(len(counts)), counts)
+    _refuse_if(
+        (counts < 2) | ((counts - 2) % n_parts != 0),
+        columns,
+        where,
+        f"regions that are not 2 and {n_parts} a record batch",
+    )
+    # Before they are added up, so that no sum wraps around.
+    wrong = (length < 1) | (length > layout.MAX_BATCH_BYTES)
+    _refuse_if(_any_of(wrong, at), columns, where, f"a region of 0 or over {layout.MAX_BATCH_BYTES} bytes")
+    ends = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
+    wrong = offset != (ends[:-1] - ends[at[:-1]][shard]).astype(np.uint64)
+    _refuse_if(_any_of(wrong, at), columns, where, "a region does not start where the one before it ends")
+    wrong = columns["n_bytes"] != np.diff(ends[at]).astype(np.uint64)
+    _refuse_if(wrong, columns, where, "the last region does not end where the file ends")
+    place = np.arange(len(shard)) - at[:-1][shard]
+    is_first = ((place - 1) % n_parts == 0) & (place > 0) & (place < counts[shard] - 1)
+    _refuse_if(
+        _any_of((rows > 0) != is_first, at),
+        columns,
+        where,
+        "the first region of each record batch, and no other, holds rows",
+    )
+    sums = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+    _refuse_if(
+        np.diff(sums[at]) != columns["rows"], columns, where, "rows of regions do not add up to its rows"
+    )
+
+
+def _check_lengths(columns: dict[str, NDArray[Any]], at: NDArray[np.int64], where: str) -> None:
+    tokens, response = columns["row_tokens"], columns["row_response_tokens"]
+    _refuse_if(np.diff(at) != columns["rows"], columns, where, "not one length for each of its rows")
+    wrong = (response < 1) | (response >= tokens) | (tokens > layout.MAX_ROLLOUT_TOKENS)
+    _refuse_if(
+        _any_of(wrong, at),
+        columns,
+        where,
+        f"a rollout needs a prompt, a response and at most {layout.MAX_ROLLOUT_TOKENS} tokens",
+    )
+    for name, lengths in (("tokens", tokens), ("response_tokens", response)):
+        sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        wrong = columns[name] != np.diff(sums[at]).astype(np.uint64)
+        _refuse_if(wrong, columns, where, f"lengths of rollouts do not add up to its {name}")
+
+
+def _any_of(wrong: NDArray[np.bool_], at: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[S] whether any item of a shard is wrong."""
+    return np.diff(np.searchsorted(np.flatnonzero(wrong), at)) > 0
+
+
+def _refuse_if(wrong: NDArray[np.bool_], columns: dict[str, NDArray[Any]], where: str, why: str) -> None:
+    if wrong.any():
+        name = columns["sha256"][int(np.argmax(wrong))].tobytes().hex()
+        raise FormatError(f"{where}, shard {name}: {why}")
+
+
+def _items(array: pa.Array, dtype: Any) -> NDArray[Any]:  # noqa: ANN401
+    """Values of a primitive array, offsets of a list."""
+    data = array.buffers()[1]
+    return np.frombuffer(data, dtype) if data is not None and data.size else np.zeros(1, dtype)
 
 
 def encode_rollout_table(hashes: Sequence[Sequence[bytes]]) -> bytes:
@@ -139,16 +320,16 @@ def _encode_rollouts(hashes: NDArray[np.uint8], shard: NDArray[np.uint32], row: 
 class RolloutTable:
     """A mapped rollout table."""
 
-    def __init__(self, buffer: pa.Buffer, shard_rows: Sequence[int], *, where: str) -> None:
+    def __init__(self, buffer: pa.Buffer, shard_rows: ArrayLike, *, where: str) -> None:
         """Open a table whose digest was checked.
 
         Args:
-            shard_rows: rows of every shard of the segment.
+            shard_rows: [shards] rows of every shard of the segment.
 
         Raises:
             FormatError: not a rollout table, or one that points outside its segment.
         """
-        n_rows = sum(shard_rows)
+        n_rows = int(np.sum(shard_rows, dtype=np.int64))
         table = _decode(buffer, ROLLOUT_TABLE, where)
         if table.num_rows != n_rows:
             raise FormatError(f"{where}: {table.num_rows} rollouts, the manifest says {n_rows}")
@@ -159,8 +340,8 @@ class RolloutTable:
             np.frombuffer(column.buffers()[1], kind)[:size]
             for column, kind, size in zip(columns, kinds, sizes, strict=True)
         )
-        limits = np.array([*shard_rows, 0], np.uint32)
-        if (self.row >= limits[np.minimum(self.shard, len(shard_rows))]).any():
+        limits = np.append(np.asarray(shard_rows, np.uint32), np.uint32(0))
+        if (self.row >= limits[np.minimum(self.shard, len(limits) - 1)]).any():
             raise FormatError(f"{where}: points to a row that its shard does not have")
         self._bytes = memoryview(self.hashes)
         self._n_rows = n_rows

@@ -26,6 +26,9 @@ PAGE_ALIGNMENT = 8
 ARROW_MAGIC = b"ARROW1\0\0"
 """First eight bytes of an Arrow IPC file; the last six are `ARROW1`."""
 
+NATIVE_PARTS = 2
+"""Parts of a record batch before those of packed columns: scalars, lists. Each packed column is a part."""
+
 NO_ID = 0xFFFFFFFF
 """Id of padding, where a row has fewer ranks than its neighbours; its log-prob is -inf."""
 ID_TABLE_MAGIC = b"OPDIDS1\0"

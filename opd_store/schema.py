@@ -6,6 +6,7 @@ rank band, other supports into one each.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +173,31 @@ class CacheSchema:
         """All packed columns, in file order."""
         return [column for kind in SUPPORTS for column in self.support_columns(kind)]
 
+    def wanted_supports(self, ranks: int | None, columns: Collection[str] | None) -> list[str]:
+        """Which supports some fields of a rollout come from. Internal to the package."""
+        wanted = None if columns is None else set(columns)
+        return [
+            kind
+            for kind, fields in SUPPORTS.items()
+            if getattr(self, kind)
+            and (wanted is None or not wanted.isdisjoint(fields))
+            and not (kind == "topk" and ranks == 0)
+        ]
+
+    def parts(self, ranks: int | None = None, columns: Collection[str] | None = None) -> tuple[int, ...]:
+        """Parts of a record batch with some fields of rollouts. Internal to the package."""
+        wanted: set[str] = set()
+        for kind in self.wanted_supports(ranks, columns):
+            found = self.topk_columns(ranks) if kind == "topk" else self.support_columns(kind)
+            wanted |= {column.name for column in found}
+        packed = enumerate(self.packed_columns(), layout.NATIVE_PARTS)
+        return (*range(layout.NATIVE_PARTS), *(part for part, column in packed if column.name in wanted))
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of a record batch. Internal to the package."""
+        return layout.NATIVE_PARTS + len(self.packed_columns())
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object; column names and types follow from it."""
         return {
@@ -236,3 +262,10 @@ def arrow_schema(schema: CacheSchema) -> pa.Schema:
     fields += [pa.field(name, list_of(kind)) for name, kind in RESPONSE_LISTS.items()]
     fields += [pa.field(column.name, pa.binary(), nullable=False) for column in schema.packed_columns()]
     return pa.schema(fields)
+
+
+def part_columns(schema: pa.Schema) -> list[range]:
+    """Which columns of `arrow_schema` each part of a record batch holds: numbers of columns, part by part."""
+    lists = schema.get_field_index(next(iter(TOKEN_LISTS)))
+    packed = lists + len(TOKEN_LISTS) + len(RESPONSE_LISTS)
+    return [range(lists), range(lists, packed), *(range(n, n + 1) for n in range(packed, len(schema)))]

@@ -1,22 +1,28 @@
 """One shard: an Arrow IPC file, cut into regions that together cover every byte and each have a CRC-32C.
 
-Region 0 is the magic and the schema, the last one the footer, those between are one record batch each.
+Region 0 is the magic and the schema, the last one the footer. Those between are the parts of the record
+batches, one batch after the other: part 0 is the message's metadata with the scalar columns, part 1 the lists
+of tokens and log-probs, and each packed column is a part. So a few columns of a batch can be read and checked
+without the others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.arrow_message import check_record_batch
 from opd_store.errors import FormatError, IntegrityError
 from opd_store.hashing import Buffer, crc32c
+from opd_store.schema import part_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ class Region:
     length: int
     crc32c: int
     rows: int
-    """Rollouts in it; 0 for the schema and the footer."""
+    """Rollouts of the record batch for its first part; 0 for all other regions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,191 +47,248 @@ class ShardInfo:
     """All tokens, prompts included."""
     response_tokens: int
     regions: tuple[Region, ...]
+    n_parts: int
+    """Regions of every record batch."""
+    row_tokens: NDArray[np.uint32] = field(compare=False, repr=False)
+    """[rows] tokens of every rollout, prompt included."""
+    row_response_tokens: NDArray[np.uint32] = field(compare=False, repr=False)
+    """[rows] response tokens of every rollout."""
 
     @property
     def path(self) -> str:
         """Name relative to the cache's root."""
         return f"{layout.SHARD_DIR}/{self.sha256.hex()}.arrow"
 
-
-class ByteSink(Protocol):
-    """What a shard is written to."""
-
-    def write(self, data: bytes, /) -> int: ...
-
-
-class ShardWriter:
-    """Streams record batches into a sink; keeps digests, not data."""
-
-    def __init__(self, sink: ByteSink, schema: pa.Schema) -> None:
-        self._tee = _RegionSink(sink)
-        self._schema_end = len(layout.ARROW_MAGIC) + schema.serialize().size
-        self._file = pa.PythonFile(self._tee, mode="w")
-        # pyarrow writes the schema together with the first batch, so its region is cut by position.
-        self._tee.cut_at(self._schema_end, rows=0)
-        self._writer = pa.ipc.new_file(self._file, schema)
-        self._rows = self._tokens = self._response_tokens = 0
-        self.hashes: list[bytes] = []
-        """Rollout hash of every row so far."""
-
     @property
-    def n_bytes(self) -> int:
-        """Bytes written so far."""
-        return self._tee.position
+    def n_batches(self) -> int:
+        """Number of record batches."""
+        return (len(self.regions) - 2) // self.n_parts
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Append one record batch, which becomes one region."""
-        self._writer.write_batch(batch)
-        self._tee.cut(rows=batch.num_rows)
-        tokens = len(batch.column("token_ids").values)
-        self._rows += batch.num_rows
-        self._tokens += tokens
-        self._response_tokens += tokens - int(
-            _numpy(batch.column("prompt_len"), np.uint32).sum(dtype=np.int64)
-        )
-        self.hashes += batch.column("rollout_hash").to_pylist()
-
-    def finish(self) -> ShardInfo:
-        """Write the footer."""
-        self._writer.close()
-        self._tee.cut(rows=0)
-        return ShardInfo(
-            self._tee.sha256.digest(),
-            self._tee.position,
-            self._rows,
-            self._tokens,
-            self._response_tokens,
-            tuple(self._tee.regions),
-        )
+    def parts(self, number: int) -> tuple[Region, ...]:
+        """The regions of record batch `number`, in file order."""
+        first = 1 + number * self.n_parts
+        return self.regions[first : first + self.n_parts]
 
 
-class _RegionSink:
-    """Passes bytes on while it hashes them, and closes a region wherever it is told to."""
-
-    closed = False
-
-    def __init__(self, sink: ByteSink) -> None:
-        self._sink = sink
-        self.sha256 = hashlib.sha256()
-        self.position = 0
-        self.regions: list[Region] = []
-        self._start = 0
-        self._crc = 0
-        self._boundary: tuple[int, int] | None = None
-
-    def cut_at(self, position: int, *, rows: int) -> None:
-        self._boundary = (position, rows)
-
-    def cut(self, *, rows: int) -> None:
-        self.regions.append(Region(self._start, self.position - self._start, self._crc, rows))
-        self._start, self._crc = self.position, 0
-
-    def write(self, data: bytes) -> int:
-        n_bytes = len(data)
-        if self._boundary is not None and self.position + n_bytes >= self._boundary[0]:
-            head = self._boundary[0] - self.position
-            rows = self._boundary[1]
-            self._boundary = None
-            self._take(data[:head])
-            self.cut(rows=rows)
-            data = data[head:]
-        self._take(data)
-        return n_bytes
-
-    def _take(self, data: bytes) -> None:
-        self.sha256.update(data)
-        self._crc = crc32c(data, self._crc)
-        self._sink.write(data)
-        self.position += len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def tell(self) -> int:
-        return self.position
+def part_slices(info: ShardInfo, number: int) -> list[tuple[int, int, int]]:
+    """(offset in the file, length, CRC-32C) of every part of record batch `number`."""
+    return [(part.offset, part.length, part.crc32c) for part in info.parts(number)]
 
 
-class ShardReader:
-    """A mapped shard; every region is compared with its checksum before its first use."""
+class ShardSource(Protocol):
+    """Where the checked bytes of one shard come from."""
 
-    def __init__(self, buffer: pa.Buffer, info: ShardInfo, schema: pa.Schema, *, uri: str) -> None:
+    def batch(self, number: int, parts: tuple[int, ...]) -> pa.Buffer:
+        """Record batch `number`, as a buffer of its whole length, starting at its first byte.
+
+        The bytes of `parts` (0, 1, ...; always with 0) are there and were compared with their checksums;
+        other bytes may be anything.
+
+        Raises:
+            IntegrityError: they are missing, or not the ones that were written.
+        """
+
+    def prefetch(self, number: int, parts: tuple[int, ...]) -> None:
+        """Say that these parts will be asked for, and return at once."""
+
+
+class Proof:
+    """What was found right about a shard so far. It outlives the mapping of its file."""
+
+    def __init__(self, identity: Hashable = None) -> None:
+        """`identity` tells the file from another one under its name."""
+        self.identity = identity
+        self.head = False
+        self.regions: set[int] = set()
+        """Regions whose bytes were compared with their checksums."""
+        self.parts: dict[int, frozenset[int]] = {}
+        """Parts of record batches whose columns were found well formed."""
+
+
+class MappedShard:
+    """A shard that is mapped into memory; a region is compared with its checksum before its first use."""
+
+    def __init__(
+        self,
+        buffer: pa.Buffer,
+        info: ShardInfo,
+        schema: pa.Schema,
+        *,
+        uri: str,
+        current_size: Callable[[], int] | None = None,
+        proof: Proof | None = None,
+    ) -> None:
         """Check size, schema and footer.
 
         Args:
             buffer: the whole file.
             schema: what the manifest says it holds.
+            current_size: how many bytes the mapped file has now; None where nobody can cut it.
+            proof: what was checked before, and where to note what is checked from now on.
 
         Raises:
             IntegrityError: the file is not the one the index describes.
             FormatError: intact, but with another schema.
         """
-        self._buffer, self._info, self._schema, self.uri = buffer, info, schema, uri
+        self._buffer, self._info, self.uri = buffer, info, uri
+        self._current_size = current_size
+        self._proof = Proof() if proof is None else proof
         if buffer.size != info.n_bytes:
             raise IntegrityError(
                 f"{uri}: {buffer.size} bytes, expected {info.n_bytes}. Fetch this shard again.", uri=uri
             )
-        self._batches = [region for region in info.regions if region.rows]
-        self._verified = [False] * len(self._batches)
-        head = self._checked(info.regions[0])
-        self._checked(info.regions[-1])
-        n_magic = len(layout.ARROW_MAGIC)
-        if head.size <= n_magic or head.slice(0, n_magic).to_pybytes() != layout.ARROW_MAGIC:
-            raise FormatError(f"{uri}: not an Arrow file", uri=uri)
-        try:
-            stored = pa.ipc.read_schema(head.slice(n_magic))
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise FormatError(f"{uri}: its schema does not parse: {error}", uri=uri) from error
-        if not stored.equals(schema, check_metadata=True):
-            pairs = itertools.zip_longest(map(str, stored), map(str, schema))
-            found, expected = next((pair for pair in pairs if pair[0] != pair[1]), ("other metadata", "none"))
-            raise FormatError(
-                f"{uri}: column {found!s:.100}, but the manifest declares {expected!s:.100}", uri=uri
-            )
+        if not self._proof.head:
+            self.require_whole()
+            self._require_intact(0)
+            self._require_intact(len(info.regions) - 1)
+            require_schema(buffer.slice(0, info.regions[0].length), schema, uri=uri)
+            self._proof.head = True
 
-    def _checked(self, region: Region) -> pa.Buffer:
-        view = self._buffer.slice(region.offset, region.length)
-        found = crc32c(view)
-        if found != region.crc32c:
-            end = region.offset + region.length
-            raise IntegrityError(
-                f"{self.uri}: bytes [{region.offset}, {end}) have crc32c {found:#010x}, expected "
-                f"{region.crc32c:#010x}. Run `opd verify` on this cache, then fetch this shard again.",
-                uri=self.uri,
-            )
-        return view
+    def batch(self, number: int, parts: tuple[int, ...]) -> pa.Buffer:
+        """Record batch `number` as it is mapped. See `ShardSource`."""
+        self.require_whole()
+        first = 1 + number * self._info.n_parts
+        for part in parts:
+            if first + part not in self._proof.regions:
+                self._require_intact(first + part)
+        regions = self._info.parts(number)
+        start, last = regions[0].offset, regions[-1]
+        return self._buffer.slice(start, last.offset + last.length - start)
 
-    def batch(self, number: int) -> pa.RecordBatch:
-        """Record batch `number`, zero-copy.
+    def prefetch(self, number: int, parts: tuple[int, ...]) -> None:
+        """Nothing: the system reads ahead by itself."""
+
+    def require_whole(self) -> None:
+        """Raise IntegrityError where the file was cut."""
+        if self._current_size is not None:
+            require_size(self._current_size(), self._info.n_bytes, uri=self.uri)
+
+    def _require_intact(self, number: int) -> None:
+        region = self._info.regions[number]
+        require_crc(self._buffer.slice(region.offset, region.length), region, uri=self.uri)
+        self._proof.regions.add(number)
+
+
+def require_size(found: int, expected: int, *, uri: str) -> None:
+    """Raise IntegrityError where a mapped file was cut: reading what is gone would end the process."""
+    if found < expected:
+        raise IntegrityError(
+            f"{uri}: shrank from {expected} to {found} bytes while it was read. "
+            "Fetch this file again, and open the cache anew.",
+            uri=uri,
+        )
+
+
+def require_crc(data: pa.Buffer, region: Region, *, uri: str) -> None:
+    """Raise IntegrityError unless these are the bytes of the region."""
+    found = crc32c(data)
+    if found != region.crc32c:
+        end = region.offset + region.length
+        raise IntegrityError(
+            f"{uri}: bytes [{region.offset}, {end}) have crc32c {found:#010x}, expected "
+            f"{region.crc32c:#010x}. Run `opd verify` on this cache, then fetch this shard again.",
+            uri=uri,
+        )
+
+
+def require_schema(head: pa.Buffer, schema: pa.Schema, *, uri: str) -> None:
+    """Raise FormatError unless the first region of a shard is the magic and this schema."""
+    n_magic = len(layout.ARROW_MAGIC)
+    if head.size <= n_magic or head.slice(0, n_magic).to_pybytes() != layout.ARROW_MAGIC:
+        raise FormatError(f"{uri}: not an Arrow file", uri=uri)
+    try:
+        stored = pa.ipc.read_schema(head.slice(n_magic))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise FormatError(f"{uri}: its schema does not parse: {error}", uri=uri) from error
+    if not stored.equals(schema, check_metadata=True):
+        pairs = itertools.zip_longest(map(str, stored), map(str, schema))
+        found, expected = next((pair for pair in pairs if pair[0] != pair[1]), ("other metadata", "none"))
+        raise FormatError(
+            f"{uri}: column {found!s:.100}, but the manifest declares {expected!s:.100}", uri=uri
+        )
+
+
+class ShardReader:
+    """The record batches of a shard, from checked bytes to columns that are well formed."""
+
+    def __init__(
+        self, source: ShardSource, info: ShardInfo, schema: pa.Schema, *, uri: str, proof: Proof | None = None
+    ) -> None:
+        """Args as for `MappedShard`; nothing is read yet."""
+        self.source = source
+        self._info, self._schema, self.uri = info, schema, uri
+        self._proof = Proof() if proof is None else proof
+        self._columns = part_columns(schema)
+
+    def batch(self, number: int, parts: tuple[int, ...] | None = None) -> pa.RecordBatch:
+        """The columns of some parts (None: of all) of record batch `number`, in place.
+
+        Args:
+            parts: rising, always with 0.
 
         Raises:
             IntegrityError: its bytes changed.
             FormatError: intact bytes that are not the promised batch.
         """
-        region = self._batches[number]
-        if self._verified[number]:
-            view = self._buffer.slice(region.offset, region.length)
-            return pa.ipc.read_record_batch(view, self._schema)
-        view = self._checked(region)
+        if parts is None:
+            parts = tuple(range(len(self._columns)))
+        view = self.source.batch(number, parts)
+        known = self._proof.parts.get(number, frozenset())
         try:
-            check_record_batch(view)
+            if not known:
+                self._require_parts(number, view)
             batch = pa.ipc.read_record_batch(view, self._schema)
-            batch.validate(full=True)
-            require_no_nulls(batch)
-            require_in_place(batch, view)
+            unknown = [part for part in parts if part not in known]
+            if unknown:
+                found = self._select(batch, unknown)
+                found.validate(full=True)
+                require_no_nulls(found)
+                require_in_place(found, view)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FormatError(
                 f"{self.uri}: record batch {number} does not parse: {error}", uri=self.uri
             ) from error
-        if batch.num_rows != region.rows:
+        rows = self._info.parts(number)[0].rows
+        if batch.num_rows != rows:
             raise FormatError(
-                f"{self.uri}: record batch {number} has {batch.num_rows} rows, the index says {region.rows}",
+                f"{self.uri}: record batch {number} has {batch.num_rows} rows, the index says {rows}",
                 uri=self.uri,
             )
-        self._verified[number] = True
-        return batch
+        self._proof.parts[number] = known.union(parts)
+        return self._select(batch, parts)
+
+    def _select(self, batch: pa.RecordBatch, parts: tuple[int, ...] | list[int]) -> pa.RecordBatch:
+        return batch.select([column for part in parts for column in self._columns[part]])
+
+    def _require_parts(self, number: int, view: pa.Buffer) -> None:
+        """Raise ValueError unless Arrow may parse it and the metadata has the parts of the index."""
+        starts = part_starts(check_record_batch(view), self._schema, view.size)
+        regions = self._info.parts(number)
+        listed = [region.offset - regions[0].offset for region in regions]
+        if starts != listed:
+            raise ValueError(f"its parts start at {starts}, the index says at {listed}")
+
+
+def part_starts(buffers: list[tuple[int, int]], schema: pa.Schema, size: int) -> list[int]:
+    """Where the parts of a record batch start, counted from the first byte of its message.
+
+    Args:
+        buffers: (start, length) of every buffer of the message, as from `check_record_batch`.
+        size: of the message.
+
+    Raises:
+        ValueError: buffers of other columns, or one outside its part.
+    """
+    first = [0, *itertools.accumulate(len(_buffer_widths(column.type)) for column in schema)]
+    if len(buffers) != first[-1]:
+        raise ValueError(f"{len(buffers)} buffers, expected {first[-1]}")
+    parts = part_columns(schema)
+    starts = [0, *(buffers[first[columns.start]][0] for columns in parts[1:])]
+    for columns, start, end in zip(parts, starts, [*starts[1:], size], strict=True):
+        for at, length in buffers[first[columns.start] : first[columns.stop]]:
+            if not start <= at <= at + length <= end:
+                raise ValueError(f"a buffer of {length} bytes at {at}, outside its part [{start}, {end})")
+    return starts
 
 
 def require_no_nulls(batch: pa.RecordBatch) -> None:
@@ -259,31 +322,6 @@ def _buffer_widths(kind: pa.DataType) -> list[int]:
     if pa.types.is_fixed_size_binary(kind):
         return [1, 1]
     return [1, max(kind.bit_width // 8, 1)]
-
-
-def check_regions(regions: tuple[Region, ...], n_bytes: int, rows: int, *, where: str) -> None:
-    """Raise FormatError unless the regions cover [0, n_bytes) without gap or overlap and hold `rows` rows."""
-    position = 0
-    for region in regions:
-        if region.offset != position or region.length <= 0:
-            raise FormatError(f"{where}: region at {region.offset}, expected at {position}")
-        if region.length > layout.MAX_BATCH_BYTES:
-            raise FormatError(
-                f"{where}: a region of {region.length} bytes, the limit is {layout.MAX_BATCH_BYTES}"
-            )
-        position += region.length
-    if len(regions) < 2 or position != n_bytes:
-        raise FormatError(f"{where}: {len(regions)} regions end at {position}, the file at {n_bytes}")
-    if regions[0].rows or regions[-1].rows or not all(region.rows for region in regions[1:-1]):
-        raise FormatError(f"{where}: the first and last region hold no rows, every other one at least one")
-    if sum(region.rows for region in regions) != rows:
-        raise FormatError(
-            f"{where}: regions hold {sum(region.rows for region in regions)} rows, expected {rows}"
-        )
-
-
-def _numpy(array: pa.Array, dtype: type[np.generic]) -> np.ndarray:
-    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def file_digest(buffer: Buffer) -> bytes:

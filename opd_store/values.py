@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_store import layout
+from opd_store import kernels, layout
 
 Problem = tuple[str, str, object, int]
 LOWEST = float(np.finfo(np.float32).min)
@@ -52,6 +52,17 @@ def support_problem(
         ragged: whether rows may be shorter, padded with NO_ID, -inf and 0.
         tolerance: how far probabilities may exceed 1 in sum.
     """
+    if kernels.rows_are_fine(
+        ids,
+        logprob,
+        log_tail,
+        draws=draws,
+        vocab_size=vocab_size,
+        ragged=ragged,
+        may_be_empty=name != "topk",
+        limit=1 + tolerance,
+    ):
+        return None
     # In parts, since the float64 sums below would take several times what a large page does.
     step = max(1, _ENTRIES_AT_ONCE // max(ids.shape[1], 1))
     for start in range(0, len(ids), step):

@@ -35,7 +35,8 @@ from opd_store.manifest import Manifest, encode_manifest, manifest_digest
 from opd_store.meta import CacheMeta, diff_meta
 from opd_store.rollout import Rollout, checked
 from opd_store.schema import CacheSchema, arrow_schema
-from opd_store.shard import ShardInfo, ShardWriter, file_digest
+from opd_store.shard import ShardInfo, file_digest
+from opd_store.shard_writer import ShardWriter
 from opd_store.storage import LocalStorage, TempFile
 
 DEFAULT_BATCH_BYTES = 8 << 20
@@ -238,7 +239,7 @@ class Writer:
 
     def _commit_manifest(self) -> Cache:
         made = self._builder.id_table
-        if made is not None and (self._base is None or self._base.id_table is None):
+        if made is not None and (self._base is None or self._base.manifest.id_table is None):
             self._storage.put_if_absent(table_ref(made).path, made.to_bytes())
         for _ in range(_COMMIT_TRIES):
             base, table = self._base, self._builder.id_table

@@ -81,7 +81,8 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
         assert batch.topk_ids is not None
         assert batch.topk_logprob is not None
         assert batch.log_tail is not None
-        student_NK = topk_logprobs(response_hidden(student, batch), student.logits, batch.topk_ids)
+        ids_NK = batch.topk_ids.long()
+        student_NK = topk_logprobs(response_hidden(student, batch), student.logits, ids_NK)
         for name, function in (("forward_kl", topk_forward_kl), ("reverse_kl", topk_reverse_kl)):
             per_token = function(student_NK, batch.topk_logprob, batch.log_tail)
             lengths_R = batch.cu_responses.diff().tolist()

@@ -23,7 +23,8 @@ def response_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
 
 
 def packed_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
-    """[N, H] from one row of all tokens; positions that start again at 0 mark where rollouts begin."""
+    """[N, H] from one row of all tokens and padding; positions that start again at 0 mark where rollouts
+    begin."""
     hidden = lm.hidden(batch.input_ids[None], None, position_ids=batch.position_ids[None])[0]
     return hidden[batch.response_index - 1]
 
@@ -31,7 +32,7 @@ def packed_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
 def padded_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
     """[N, H] from padded rows, in groups of similar length: padding at most doubles the tokens."""
     pieces, places = [], []
-    for rows in length_groups(batch.cu_seqlens.diff().tolist()):
+    for rows in length_groups(batch.lengths.tolist()):
         ids, mask, source, place = batch.padded_rows(rows)
         pieces.append(lm.hidden(ids, mask).flatten(0, 1)[source])
         places.append(place)

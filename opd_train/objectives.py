@@ -77,7 +77,7 @@ def distill_loss(
                 f"objective {objective.value!r} needs top-k, which these rollouts do not carry"
             )
         # The sampled token rides along as the last column, for weights and monitors.
-        ids = torch.cat([batch.topk_ids[mask], target_N[:, None]], dim=1)
+        ids = torch.cat([batch.topk_ids[mask].long(), target_N[:, None]], dim=1)
         logprob = topk_logprobs(hidden[mask], lm_head, ids, chunk=chunk)
         student_NK, student_N = logprob[:, :-1], logprob[:, -1]
     else:

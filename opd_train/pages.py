@@ -6,6 +6,7 @@ was parsed, so that no index can leave its table.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ from opd_store import (
     PageShape,
     PageStreams,
 )
+
+Send = Callable[[NDArray[Any]], Tensor]
+"""Takes uint8 or signed integers to a device. What it gives is not written to."""
 
 # Axes: P = response positions of one rollout, k = ranks of a page, n = entries of a page without padding.
 _SIGN = -(1 << 31)
@@ -61,7 +65,12 @@ class PageDecoder:
             self._table = self._upload_table(cache.id_table)
 
     def _upload_table(self, table: IdTable) -> tuple[Tensor, Tensor]:
-        return self._upload(table.by_rank).long(), self._upload(table.padded_lists).long()
+        arrays = (table.by_rank, table.padded_lists)
+        by_rank, lists = (_widened(array, self._send).long() for array in arrays)
+        return by_rank, lists
+
+    def _send(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.array(array, copy=True)).to(self._device)
 
     def topk(self, row: int, ranks: int | None = None) -> TopK:
         """The first `ranks` ranks of one rollout; None means all.
@@ -74,48 +83,60 @@ class PageDecoder:
         if wanted not in self._cache.schema.bands:
             ends = ", ".join(map(str, self._cache.schema.bands))
             raise InvalidArgumentError(f"ranks: expected the end of a band ({ends}), found {wanted}")
-        bands = [self.decode(page) for page in self._cache.page_streams(row, ranks=wanted)]
-        if len(bands) == 1:
-            return bands[0]
-        ids, logprob = torch.cat([b.ids for b in bands], 1), torch.cat([b.logprob for b in bands], 1)
-        return TopK(ids, logprob, bands[-1].log_tail)
+        return self.assemble([[page] for page in self._cache.page_streams(row, ranks=wanted)])
 
-    def decode(self, page: PageStreams) -> TopK:
-        """One page of this cache."""
+    def assemble(self, bands: Sequence[Sequence[PageStreams]], send: Send | None = None) -> TopK:
+        """Rollouts end to end: for each band from the first on, its pages one after another."""
+        whole = [[self.decode(page, send) for page in pages] for pages in bands]
+        ids = cat([cat([page.ids for page in pages], 0) for pages in whole], 1)
+        logprob = cat([cat([page.logprob for page in pages], 0) for pages in whole], 1)
+        return TopK(ids, logprob, cat([page.log_tail for page in whole[-1]], 0))
+
+    def decode(self, page: PageStreams, send: Send | None = None) -> TopK:
+        """One page of this cache, or several that were joined.
+
+        Args:
+            send: takes arrays to the device; None copies each.
+        """
+
+        def get(array: NDArray[Any]) -> Tensor:
+            return _widened(array, send or self._send)
+
         present = None
         if page.counts is not None:
             columns = torch.arange(page.shape.n_ranks, device=self._device)
-            present = columns < self._upload(page.counts).long()[:, None]
+            present = columns < get(page.counts)[:, None]
         if isinstance(page.logprobs, LadderStreams):
-            logprob, log_tail = self._ladder(page, page.logprobs, present)
+            logprob, log_tail = self._ladder(page, page.logprobs, present, get)
         else:
-            logprob, log_tail = self._floats(page, page.logprobs, present)
-        return TopK(self._ids(page, present), logprob, log_tail)
+            logprob, log_tail = self._floats(page, page.logprobs, present, get)
+        return TopK(self._ids(page, present, get), logprob, log_tail)
 
     def _floats(
-        self, page: PageStreams, parsed: FloatStreams, present: Tensor | None
+        self, page: PageStreams, parsed: FloatStreams, present: Tensor | None, get: Send
     ) -> tuple[Tensor, Tensor]:
-        parts = [(steps.start, steps.end, self._words(steps.words)) for steps in parsed.steps]
-        words_Pk = self._running(page.shape, self._words(parsed.heads), parts, present)
+        # Words are of 32 bits, whose highest is no sign yet: they wrap.
+        parts = [(steps.start, steps.end, get(steps.words).int()) for steps in parsed.steps]
+        words_Pk = self._running(page.shape, get(parsed.heads).int(), parts, present)
         logprob = (words_Pk ^ _SIGN).view(torch.float32)
         if present is not None:
             logprob[~present] = -torch.inf
-        return logprob, (self._words(parsed.log_tail) ^ _SIGN).view(torch.float32)
+        return logprob, (get(parsed.log_tail).int() ^ _SIGN).view(torch.float32)
 
     def _ladder(
-        self, page: PageStreams, parsed: LadderStreams, present: Tensor | None
+        self, page: PageStreams, parsed: LadderStreams, present: Tensor | None, get: Send
     ) -> tuple[Tensor, Tensor]:
         parts = []
         for steps in parsed.steps:
-            values = self._upload(steps.small).int()
+            values = get(steps.small).int()
             if len(steps.more):
-                values[values == _ESCAPE] += self._upload(steps.more).int()
+                values[values == _ESCAPE] += get(steps.more).int()
             parts.append((steps.start, steps.end, values))
-        units_Pk = self._running(page.shape, self._upload(parsed.heads).int(), parts, present)
+        units_Pk = self._running(page.shape, get(parsed.heads).int(), parts, present)
         logprob = _from_units(units_Pk, page.scale)
         if present is not None:
             logprob[~present] = -torch.inf
-        tail = self._upload(parsed.log_tail).int()
+        tail = get(parsed.log_tail).int()
         log_tail = _from_units(tail.clamp(min=1) - 1, page.scale)
         log_tail[tail == 0] = -torch.inf
         return logprob, log_tail
@@ -141,32 +162,36 @@ class PageDecoder:
                 sums_Pk[:, columns][present[:, columns]] = values
         return sums_Pk.cumsum(1, dtype=torch.int32)
 
-    def _ids(self, page: PageStreams, present: Tensor | None) -> Tensor:
+    def _ids(self, page: PageStreams, present: Tensor | None, get: Send) -> Tensor:
         parsed = page.ids
-        values = self._upload(parsed.values).long()
+        values = get(parsed.values).long()
         if page.id_table is not None and self._table is not None and parsed.mode:
             by_rank, lists = self._table
             if parsed.lists is None or parsed.escaped is None:
                 values = by_rank[values]
             else:
-                base = self._upload(parsed.lists).long() * (_ESCAPE + 1)
+                base = get(parsed.lists).long() * (_ESCAPE + 1)
                 if page.counts is None:
                     base = base.repeat_interleave(page.shape.n_ranks)
                 else:
-                    base = base.repeat_interleave(self._upload(page.counts).long())
+                    base = base.repeat_interleave(get(page.counts))
                 escaped = values == _ESCAPE
                 values = lists[base + values]
-                values[escaped] = by_rank[self._upload(parsed.escaped).long()]
+                values[escaped] = by_rank[get(parsed.escaped).long()]
         return _padded(values, present, page, NO_ID)
 
-    def _words(self, words: NDArray[Any]) -> Tensor:
-        return self._upload(words.astype(np.uint32).view(np.int32))
 
-    def _upload(self, array: NDArray[Any]) -> Tensor:
-        if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-            # Nothing here reaches 2^31 but ids, and those not 2^32.
-            array = array.astype(np.int32 if array.dtype.itemsize == 2 else np.int64)
-        return torch.from_numpy(np.array(array, copy=True)).to(self._device)
+def _widened(array: NDArray[Any], send: Send) -> Tensor:
+    """Unsigned integers on a device, in a type that holds them and that torch computes with."""
+    if array.dtype == np.uint16:
+        return send(array.view(np.int16)).int() & 0xFFFF
+    if array.dtype == np.uint32:
+        return send(array.view(np.int32)).long() & 0xFFFFFFFF
+    return send(array)
+
+
+def cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _from_units(units: Tensor, scale: int) -> Tensor:

@@ -412,6 +412,8 @@ SHARD_TABLE = pa.schema(
             ("region_length", list_of(pa.uint64())),
             ("region_crc32c", list_of(pa.uint32())),
             ("region_rows", list_of(pa.uint32())),
+            ("row_tokens", list_of(pa.uint32())),
+            ("row_response_tokens", list_of(pa.uint32())),
         )
     ]
 )
@@ -464,18 +466,86 @@ def read_file(path: Path, n_bytes: int) -> bytes:
     return data
 
 
+def check_lengths(entry: dict[str, Any]) -> None:
+    """Section 5, rules 2 and 3."""
+    lengths, responses = entry["row_tokens"], entry["row_response_tokens"]
+    require(len(lengths) == len(responses) == entry["rows"], "a length for each rollout")
+    for length, response in zip(lengths, responses, strict=True):
+        require(1 <= response < length <= MAX_ROLLOUT_TOKENS, "a rollout of impossible length")
+    require(sum(lengths) == entry["tokens"], "tokens of a shard")
+    require(sum(responses) == entry["response_tokens"], "response_tokens of a shard")
+
+
+def columns_of_parts(schema: pa.Schema) -> list[list[pa.Field]]:
+    """Section 4: scalars, lists, and each packed column by itself."""
+    lists = ("token_ids", "loss_mask", *LOGPROBS)
+    start = schema.names.index(lists[0])
+    end = start + len(lists)
+    fields = list(schema)
+    return [fields[:start], fields[start:end], *([field] for field in fields[end:])]
+
+
+def buffers_of(message: bytes) -> list[tuple[int, int]]:
+    """(first byte in the message, length) of each buffer, by the metadata: Arrow's `Message.fbs`."""
+    (size,) = struct.unpack_from("<i", message, 4)
+    metadata = message[8 : 8 + size]
+
+    def follow(at: int) -> int:
+        return at + int(struct.unpack_from("<I", metadata, at)[0])
+
+    def field(table: int, number: int) -> int:
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        return table + int(struct.unpack_from("<H", metadata, vtable + 4 + 2 * number)[0])
+
+    # Field 2 of a Message is its header, here a RecordBatch, whose field 2 is the vector of buffers.
+    batch = follow(field(follow(0), 2))
+    vector = follow(field(batch, 2))
+    (count,) = struct.unpack_from("<I", metadata, vector)
+    pairs = [struct.unpack_from("<qq", metadata, vector + 4 + 16 * i) for i in range(count)]
+    return [(8 + size + offset, length) for offset, length in pairs]
+
+
+def check_parts(message: bytes, lengths: list[int], schema: pa.Schema) -> None:
+    """Section 4, rules 7 and 8: `lengths` are those of the regions that make up the message."""
+
+    def count(kind: pa.DataType) -> int:
+        if pa.types.is_list(kind):
+            return 2 + count(kind.value_type)
+        return 3 if pa.types.is_binary(kind) or pa.types.is_string(kind) else 2
+
+    try:
+        buffers = buffers_of(message)
+    except struct.error as error:
+        refuse(f"metadata of a record batch: {error}")
+    parts = columns_of_parts(schema)
+    counts = [sum(count(field.type) for field in part) for part in parts]
+    require(len(buffers) == sum(counts), "buffers of a record batch")
+    start = 0
+    for number, (length, n_buffers) in enumerate(zip(lengths, counts, strict=True)):
+        mine, buffers = buffers[:n_buffers], buffers[n_buffers:]
+        require(number == 0 or mine[0][0] == start, "a part starts elsewhere")
+        end = start + length
+        for first, size in mine:
+            require(start <= first <= first + size <= end, "a buffer outside its part")
+        start = end
+    require(start == len(message), "the last part ends with the record batch")
+
+
 def read_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> list[dict[str, Any]]:
     columns = [entry[f"region_{name}"] for name in ("offset", "length", "crc32c", "rows")]
     require(len({len(column) for column in columns}) == 1, "region lists of different lengths")
     regions = list(zip(*columns, strict=True))
-    require(len(regions) >= 2, "too few regions")
+    n_parts = len(columns_of_parts(schema))
+    require(len(regions) >= 2 and (len(regions) - 2) % n_parts == 0, "a region for each part")
     position = 0
     for i, (offset, length, _, rows) in enumerate(regions):
         require(offset == position and 0 < length <= MAX_BATCH_BYTES, "regions leave a gap or overlap")
-        require((rows == 0) == (i in (0, len(regions) - 1)), "rows of a region")
+        is_first_part = 0 < i < len(regions) - 1 and (i - 1) % n_parts == 0
+        require((rows > 0) == is_first_part, "rows of a region")
         position += length
     require(position == entry["n_bytes"], "regions do not end with the file")
     require(sum(region[3] for region in regions) == entry["rows"], "rows of the regions")
+    check_lengths(entry)
 
     data = read_file(path, entry["n_bytes"])
     for offset, length, checksum, _ in regions:
@@ -484,20 +554,29 @@ def read_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> list[dic
 
     require(data[:8] == b"ARROW1\0\0", "an Arrow file starts with its magic")
     batches = read_arrow(data, schema)
-    require(len(batches) == len(regions) - 2, "record batches and regions differ")
-    rows = []
-    for batch, (offset, length, _, n_rows) in zip(batches, regions[1:-1], strict=True):
+    require(n_parts * len(batches) == len(regions) - 2, "record batches and regions differ")
+    rows: list[dict[str, Any]] = []
+    for number, batch in enumerate(batches):
+        parts = regions[1 + number * n_parts :][:n_parts]
+        offset, _, _, n_rows = parts[0]
+        lengths = [length for _, length, _, _ in parts]
         require(batch.num_rows == n_rows, "rows of a record batch")
+        message = data[offset : offset + sum(lengths)]
         try:
-            alone = pa.ipc.read_record_batch(pa.py_buffer(data[offset : offset + length]), schema)
+            alone = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
         except (pa.ArrowException, OSError, ValueError) as error:
-            refuse(f"a region is not a record batch: {error}")
+            refuse(f"regions are not a record batch: {error}")
+        check_parts(message, lengths, schema)
         # Compared as text, since NaN is not equal to itself.
         require(str(alone.to_pylist()) == str(batch.to_pylist()), "the footer names another record batch")
         for name in schema.names:
             if pa.types.is_list(schema.field(name).type):
                 check_null_lists(batch.column(name))
         rows += batch.to_pylist()
+    listed = zip(rows, entry["row_tokens"], entry["row_response_tokens"], strict=True)
+    for row, length, response in listed:
+        same = len(row["token_ids"]) == length and length - row["prompt_len"] == response
+        require(same, "a rollout of another length than the index says")
     return rows
 
 
@@ -760,7 +839,6 @@ def check_row(row: dict[str, Any], manifest: dict[str, Any], table: IdTable | No
     """The row with ids and log-probs in place of its pages: flat lists, position by position, padded."""
     meta, schema = manifest["meta"], manifest["schema"]
     tokens, prompt_len = row["token_ids"], row["prompt_len"]
-    require(len(tokens) <= MAX_ROLLOUT_TOKENS, "a rollout is too long")
     n_positions = len(tokens) - prompt_len
     require(prompt_len >= 1 and n_positions >= 1, "an empty prompt or response")
     require(max(tokens) < meta["vocab_size"], "a token outside the vocabulary")
@@ -949,10 +1027,6 @@ def read_segment(
     for number, shard in enumerate(shards):
         raw = read_shard(path / f"shards/{shard['sha256'].hex()}.arrow", shard, schema)
         checked = [check_row(row, manifest, table) for row in raw]
-        tokens = sum(len(row["token_ids"]) for row in checked)
-        prompts = sum(row["prompt_len"] for row in checked)
-        require(tokens == shard["tokens"], "tokens of a shard")
-        require(tokens - prompts == shard["response_tokens"], "response_tokens of a shard")
         places += [(row["rollout_hash"], number, i) for i, row in enumerate(checked)]
         rows += checked
     found = [(entry["rollout_hash"], entry["shard"], entry["row"]) for entry in listed]

@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.encodings import f32, ladder, plain
+from opd_store.encodings import ladder, plain
+from opd_store.encodings.decoding import CODECS as _CODECS
+from opd_store.encodings.decoding import PageStreams, decode_into, decode_page, parse_page
 from opd_store.encodings.f32 import FloatStreams
-from opd_store.encodings.ids import IdStreams, assemble_ids, parse_ids, write_ids
+from opd_store.encodings.ids import write_ids
 from opd_store.encodings.idtable import IdTable, build_id_table
 from opd_store.encodings.ladder import LadderStreams
-from opd_store.encodings.page import Band, Bytes, PageShape, check_page_crc, open_page, seal_page
-from opd_store.encodings.planes import StreamReader, StreamWriter
-from opd_store.errors import FormatError, InvalidArgumentError
+from opd_store.encodings.page import Band, PageShape, check_page_crc, seal_page
+from opd_store.encodings.planes import StreamWriter
+from opd_store.errors import InvalidArgumentError
 
 __all__ = [
     "ENCODINGS",
@@ -36,6 +38,7 @@ __all__ = [
     "build_id_table",
     "check_encoding",
     "check_page_crc",
+    "decode_into",
     "decode_page",
     "encode_pages",
     "fold_tail",
@@ -46,7 +49,6 @@ __all__ = [
     "value_tolerance",
 ]
 
-_CODECS: dict[str, ModuleType] = {name: codec for codec in (plain, f32, ladder) for name in codec.NAMES}
 ENCODINGS = tuple(_CODECS)
 """Names that this release reads and writes."""
 
@@ -149,78 +151,6 @@ def encode_pages(
     return EncodedPages(pages, support.ids, max_error)
 
 
-@dataclass(frozen=True, slots=True)
-class PageStreams:
-    """A packed page, decompressed and proven but not put together: about 2 bytes an entry instead of 8.
-
-    What is left is arithmetic and gathers, which a GPU does faster: `opd_train.pages`.
-    """
-
-    scale: int
-    """Units a nat of `ladder/s`; 0 for the other encodings."""
-    shape: PageShape
-    counts: NDArray[np.intp] | None
-    """[P] ranks of each row, None where all have all."""
-    logprobs: FloatStreams | LadderStreams
-    ids: IdStreams
-    draws: NDArray[np.uint32] | None
-    """[n] draws of all entries."""
-    id_table: IdTable | None
-
-
-def decode_page(
-    page: Bytes, shape: PageShape, *, encoding: str, id_table: IdTable | None = None, where: str
-) -> Band:
-    """Decode one page whose bytes are already trusted; `plain` without a copy.
-
-    Raises:
-        FormatError: the page breaks the specification.
-    """
-    if encoding == "plain":
-        flags, body = open_page(page, shape, encoding=plain.CODE, parameter=0, where=where)
-        if flags:
-            raise FormatError(f"{where}: a plain page with flags {flags}")
-        has_draws = shape.kind == layout.KIND_SAMPLED
-        return plain.decode(body, shape.n_positions, shape.n_ranks, has_draws=has_draws, where=where)
-    parsed = parse_page(page, shape, encoding=encoding, id_table=id_table, where=where)
-    codec = _CODECS[encoding]
-    present = None if parsed.counts is None else np.arange(shape.n_ranks) < parsed.counts[:, None]
-    logprob, log_tail = codec.assemble(parsed.logprobs, present, shape, parameter=codec.NAMES[encoding])
-    ids = _padded(
-        assemble_ids(parsed.ids, parsed.counts, shape, parsed.id_table), present, shape, layout.NO_ID
-    )
-    draws = None if parsed.draws is None else _padded(parsed.draws, present, shape, 0)
-    return Band(ids, logprob, log_tail, draws)
-
-
-def parse_page(
-    page: Bytes, shape: PageShape, *, encoding: str, id_table: IdTable | None = None, where: str
-) -> PageStreams:
-    """Decompress a page of any encoding but `plain`, and prove every limit. Errors as for `decode_page`."""
-    codec = _CODECS[encoding]
-    parameter = codec.NAMES[encoding]
-    flags, body = open_page(page, shape, encoding=codec.CODE, parameter=parameter, where=where)
-    if shape.decoded_bytes > layout.MAX_DECODED_BYTES:
-        raise FormatError(
-            f"{where}: {shape.decoded_bytes} bytes once decoded, the limit is {layout.MAX_DECODED_BYTES}"
-        )
-    streams = StreamReader(body, where=where)
-    counts = None
-    if flags & layout.PAGE_RAGGED:
-        counts = streams.ints(shape.n_positions, limit=shape.n_ranks, what="row lengths").astype(np.intp)
-    table = id_table if flags & layout.PAGE_USES_TABLE else None
-    if flags & layout.PAGE_USES_TABLE and table is None:
-        raise FormatError(f"{where}: the page refers to an id table, and the cache has none")
-    logprobs = codec.parse(streams, counts, shape, parameter=parameter)
-    ids = parse_ids(streams, counts, shape, table)
-    draws = None
-    if shape.kind == layout.KIND_SAMPLED:
-        n_entries = len(ids.values)
-        draws = streams.ints(n_entries, limit=0xFFFFFFFF, what="draws").astype(np.uint32, copy=False)
-    streams.finish()
-    return PageStreams(parameter, shape, counts, logprobs, ids, draws, table)
-
-
 def _encode_streams(
     band: Band, shape: PageShape, codec: ModuleType, parameter: int, id_table: IdTable | None
 ) -> tuple[int, bytes]:
@@ -285,17 +215,6 @@ def _largest_error(band: Band, decoded: Band, codec: ModuleType, parameter: int,
         assert np.array_equal(given[~finite], found[~finite]), f"{encoding} changed an infinite value"
         largest = max(largest, float(error.max(initial=0.0)))
     return largest
-
-
-def _padded(
-    values: NDArray[np.uint32], present: NDArray[np.bool_] | None, shape: PageShape, padding: int
-) -> NDArray[np.uint32]:
-    size = (shape.n_positions, shape.n_ranks)
-    if present is None:
-        return values.reshape(size)
-    padded = np.full(size, padding, np.uint32)
-    padded[present] = values
-    return padded
 
 
 def merge_bands(bands: list[Band]) -> Band:

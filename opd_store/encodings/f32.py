@@ -23,6 +23,11 @@ _SIGN = np.uint32(0x80000000)
 _ANY = 0xFFFFFFFF
 
 
+def largest_value(parameter: int) -> int:
+    """The largest word."""
+    return _ANY
+
+
 def error_bound(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.float64]:
     """Largest error allowed at each value, nats."""
     return np.zeros(logprob.shape)

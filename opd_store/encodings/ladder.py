@@ -28,6 +28,11 @@ MAX_HALF = 0x7BFF
 """Pattern of the largest finite float16, 65504."""
 
 
+def largest_value(parameter: int) -> int:
+    """The lowest log-prob, in units."""
+    return MAX_UNITS if parameter else MAX_HALF
+
+
 def error_bound(logprob: NDArray[np.float32], parameter: int) -> NDArray[np.float64]:
     """Largest error allowed at each value, nats."""
     if parameter:
@@ -93,7 +98,7 @@ def parse(
     Raises:
         FormatError: a value lower than the encoding can hold.
     """
-    limit = MAX_UNITS if parameter else MAX_HALF
+    limit = largest_value(parameter)
     log_tail = streams.ints(shape.n_positions, limit=limit + 1, what="log_tail")
     n_heads = shape.n_positions if counts is None else int(np.count_nonzero(counts))
     heads = streams.ints(n_heads, limit=limit, what="first log-probs")

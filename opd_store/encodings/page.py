@@ -126,7 +126,7 @@ def open_page(
     kind, flags = flags >> layout.PAGE_KIND_SHIFT, flags & (1 << layout.PAGE_KIND_SHIFT) - 1
     if reserved or flags & ~layout.PAGE_FLAGS:
         raise FormatError(f"{where}: reserved page header fields are not zero: {flags}, {reserved}")
-    if PageShape(kind, start, end, positions) != shape:
+    if (kind, start, end, positions) != (shape.kind, shape.rank_start, shape.rank_end, shape.n_positions):
         raise FormatError(
             f"{where}: page of kind {kind}, ranks [{start}, {end}) at {positions} positions, expected kind "
             f"{shape.kind}, [{shape.rank_start}, {shape.rank_end}) at {shape.n_positions}"
@@ -134,7 +134,7 @@ def open_page(
     if page_size(body_bytes) != len(page):
         raise FormatError(f"{where}: page of {len(page)} bytes, but its header gives {page_size(body_bytes)}")
     body_end = layout.PAGE_HEADER.size + body_bytes
-    if page[body_end:].any():
+    if page[body_end:].tobytes().strip(b"\0"):
         raise FormatError(f"{where}: padding after the page body is not zero")
     return flags, page[layout.PAGE_HEADER.size : body_end]
 

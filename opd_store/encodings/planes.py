@@ -66,6 +66,14 @@ def decompress(frame: memoryview, n_bytes: int, *, where: str) -> Bytes:
     return np.frombuffer(data, np.uint8)
 
 
+def frame_content(frame: memoryview) -> bytes | None:
+    """What a zstd frame holds, None if it does not decompress. The size it declares is allocated unseen."""
+    try:
+        return _zstd.decompressor.decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None
+
+
 class StreamWriter:
     """Collects streams into a page body."""
 

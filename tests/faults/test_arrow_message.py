@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opd_store
-from fuzz.structure import regions_of, seal_cache
+from fuzz.structure import pieces_of, seal_cache
 from opd_store.arrow_message import check_record_batch, record_batches
 
 SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.binary())])
@@ -168,14 +168,14 @@ def test_every_bit_of_a_resealed_message(intact, tmp_path):
 
     Some flips leave rows that make sense, such as the offset of a buffer of missing values; no other is read.
     """
-    head, message, footer = regions_of(intact)
+    head, message, footer = pieces_of(intact)
     n_metadata = struct.unpack_from("<i", message, 4)[0]
     refused = 0
     for bit in range(0, 8 * (8 + n_metadata), 13):
         changed = bytearray(message)
         changed[bit // 8] ^= 1 << bit % 8
         path = tmp_path / str(bit)
-        seal_cache(path, intact, regions=[head, bytes(changed), footer])
+        seal_cache(path, intact, pieces=[head, bytes(changed), footer])
         try:
             list(opd_store.open(path))
         except opd_store.FormatError:
@@ -185,7 +185,7 @@ def test_every_bit_of_a_resealed_message(intact, tmp_path):
 
 def test_half_an_item_at_the_end_of_a_buffer(intact, tmp_path):
     """Arrow asks only for enough bytes; a buffer of one more is no array of numbers."""
-    head, message, footer = regions_of(intact)
+    head, message, footer = pieces_of(intact)
     n_metadata = struct.unpack_from("<i", message, 4)[0]
     metadata = message[8 : 8 + n_metadata]
     batch = opd_store.open(intact).shard_reader(0).batch(0)
@@ -198,7 +198,7 @@ def test_half_an_item_at_the_end_of_a_buffer(intact, tmp_path):
             changed = bytearray(message)
             struct.pack_into("<q", changed, 8 + at, length + 1)
             path = tmp_path / f"{width}-{length}-{at}"
-            seal_cache(path, intact, regions=[head, bytes(changed), footer])
+            seal_cache(path, intact, pieces=[head, bytes(changed), footer])
             try:
                 list(opd_store.open(path))
             except opd_store.FormatError as error:

@@ -110,7 +110,7 @@ def test_every_bit_of_a_shard(cache, name):
             opened[:] = [opd_store.open(cache)]
         for row in (first, first + 1):
             with pytest.raises(DAMAGE):
-                opened[0].rollout(row, ranks=0, columns=())
+                opened[0].rollout(row)
         raise opd_store.IntegrityError("both rows are refused")
 
     assert undetected(shard, read) == []

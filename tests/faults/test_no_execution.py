@@ -75,7 +75,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from faults import corpus
 from faults.poisons import IN_SUPPORT
-from fuzz.structure import regions_of, seal_cache
+from fuzz.structure import pieces_of, seal_cache
 import opd_store
 
 FORBIDDEN = ("exec", "compile", "import", "marshal.", "pickle.", "subprocess.", "os.system", "os.exec",
@@ -133,12 +133,12 @@ for number, variant in enumerate(corpus.VARIANTS):
             damaged[bit // 8] ^= 1 << bit % 8
             (path / name.relative_to(intact)).write_bytes(bytes(damaged))
             paths.append(path)
-    head, batch, footer = regions_of(intact)
+    head, batch, footer = pieces_of(intact)
     for bit in range(0, 8 * len(batch), 797):
         changed = bytearray(batch)
         changed[bit // 8] ^= 1 << bit % 8
         path = root / f"sealed-{number}-{bit}"
-        seal_cache(path, intact, regions=[head, bytes(changed), footer])
+        seal_cache(path, intact, pieces=[head, bytes(changed), footer])
         paths.append(path)
 
 # What errors need is imported by the first of each kind; afterwards nothing more may be.

@@ -11,7 +11,7 @@ import pytest
 from faults import corpus
 
 import opd_store
-from fuzz.structure import regions_of, seal_cache, with_pages
+from fuzz.structure import pieces_of, seal_cache, with_pages
 
 DAMAGE = (opd_store.IntegrityError, opd_store.FormatError)
 
@@ -119,14 +119,14 @@ def test_pages_of_another_rollout_in_a_sealed_shard(tmp_path, variant):
     """Somebody who makes new digests can do this; the page's own checksum says whose it was."""
     with corpus.memory_folder() as folder:
         corpus.write(folder / "intact", variant, corpus.rollouts(variant))
-        head, _, footer = regions_of(folder / "intact")
+        head, _, footer = pieces_of(folder / "intact")
         cache = opd_store.open(folder / "intact")
         batch = cache.shard_reader(0).batch(0)
         for column in cache.schema.packed_columns():
             pages = batch.column(column.name).to_pylist()
             swapped = with_pages(batch, column.name, pages[::-1]).serialize().to_pybytes()
             path = folder / column.name
-            seal_cache(path, folder / "intact", regions=[head, swapped, footer])
+            seal_cache(path, folder / "intact", pieces=[head, swapped, footer])
             problems = opd_store.verify(path).problems
             found = [problem for problem in problems if "page checksum" in str(problem)]
             assert len(found) == 2, problems

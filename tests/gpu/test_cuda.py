@@ -11,7 +11,9 @@ import opd_store
 from opd_store import CacheMeta
 from opd_store.testing import example_meta, random_rollout
 from opd_train import (
+    BatchAssembler,
     CacheStream,
+    DeviceFeed,
     DistillConfig,
     Objective,
     PageDecoder,
@@ -79,3 +81,83 @@ def test_pages_decode_to_the_same_bits(tmp_path, encoding, cut):
         assert np.array_equal(found.ids.cpu().numpy(), rollout.topk_ids.astype(np.int64))
         assert found.logprob.cpu().numpy().tobytes() == rollout.topk_logprob.tobytes()
         assert found.log_tail.cpu().numpy().tobytes() == rollout.log_tail.tobytes()
+
+
+def _cache(path, *, n=24, size=40, **options):
+    rng = np.random.default_rng(1)
+    rollouts = [random_rollout(rng, response_len=size + i, topk=20, sample_id=str(i)) for i in range(n)]
+    with opd_store.create(path, meta=example_meta(), topk=20, **options) as writer:
+        writer.append_batch(rollouts)
+    return opd_store.open(path)
+
+
+def _assert_same(found, expected):
+    found, expected = found.tensors(), expected.tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.is_cuda, name
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor.cpu(), expected[name]), name
+
+
+def test_batches_arrive_as_they_left(tmp_path):
+    cache = _cache(tmp_path / "cache", encoding="plain")
+    options = {"multiple_of": 16, "joined": [(cache, np.arange(len(cache)))]}
+    pinned, plain = BatchAssembler([cache], device="cuda", **options), BatchAssembler([cache], **options)
+    groups = np.random.default_rng(0).permutation(len(cache)).reshape(-1, 3).tolist() * 4
+    feed = DeviceFeed("cuda")
+    first = pinned.assemble(0, groups[0])
+    assert first.buffer.is_pinned()
+    _assert_same(feed.send(first), plain.assemble(0, groups[0]))
+    for found, rows in zip(list(feed.feed(pinned.assemble(0, r) for r in groups)), groups, strict=True):
+        _assert_same(found, plain.assemble(0, rows))
+    stream = CacheStream(cache, batch_tokens=200, device="cuda")
+    for found in stream:
+        _assert_same(found, BatchAssembler([cache]).assemble(0, found.row_ids.tolist()))
+
+
+def test_a_pinned_buffer_is_not_written_before_its_copy_is_done(tmp_path):
+    cache = _cache(tmp_path / "cache", n=6, size=2000, encoding="plain")
+    assembler, feed = BatchAssembler([cache], device="cuda"), DeviceFeed("cuda")
+    groups = [[i % 6, (i + 2) % 6] for i in range(20)]
+    found = []
+    for rows in groups:
+        with torch.cuda.stream(feed._stream):
+            torch.cuda._sleep(20_000_000)  # about 10 ms: every copy starts after the next batch was built
+        found.append(feed.send(assembler.assemble(0, rows)))
+    assert assembler.pool.n_made > 3
+    for batch, rows in zip(found, groups, strict=True):
+        _assert_same(batch, BatchAssembler([cache]).assemble(0, rows))
+    torch.cuda.synchronize()
+    made = assembler.pool.n_made
+    for rows in groups:
+        feed.send(assembler.assemble(0, rows))
+        torch.cuda.synchronize()
+    assert assembler.pool.n_made == made, "and is used again after that"
+
+
+def test_memory_of_a_batch_is_not_reused_while_a_consumer_reads_it(tmp_path):
+    cache = _cache(tmp_path / "cache", n=6, size=2000, encoding="plain")
+    assembler, feed = BatchAssembler([cache], device="cuda"), DeviceFeed("cuda")
+    groups = [[i % 6, (i + 3) % 6] for i in range(20)]
+    sums = []
+    for batch in feed.feed(assembler.assemble(0, rows) for rows in groups):
+        torch.cuda._sleep(20_000_000)
+        sums.append(batch.topk_logprob.double().sum() + batch.input_ids.double().sum())
+        del batch
+    for found, rows in zip(sums, groups, strict=True):
+        batch = BatchAssembler([cache]).assemble(0, rows)
+        expected = batch.topk_logprob.double().sum() + batch.input_ids.double().sum()
+        torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("cut", [None, opd_store.Cut("mass", 0.7)])
+@pytest.mark.parametrize("encoding", ["f32", "ladder/64"])
+def test_top_k_is_put_together_on_the_device(tmp_path, encoding, cut):
+    cache = _cache(tmp_path / "cache", encoding=encoding, cut=cut, id_table="auto")
+    later = BatchAssembler([cache], device="cuda", device_decode=True, max_tokens=50)
+    on_cpu = BatchAssembler([cache], max_tokens=50)
+    groups = [[0, 5, 23], [7], list(range(24))]
+    sent = DeviceFeed("cuda").feed(later.assemble(0, rows) for rows in groups)
+    for found, rows in zip(list(sent), groups, strict=True):
+        _assert_same(found, on_cpu.assemble(0, rows))

@@ -212,12 +212,10 @@ def test_a_pin_that_is_none(tmp_path, pin):
         opd_store.open(f"{tmp_path}/cache@{pin}")
 
 
-@pytest.mark.parametrize(
-    "uri", ["s3://b/c", "http://h/c", "memory://c", "simplecache::s3://b/c", "FILE:///c", "c\0d"]
-)
+@pytest.mark.parametrize("uri", ["ftp://h/c", "simplecache::s3://b/c", "FILE:///c", "c\0d"])
 def test_another_protocol(uri):
     for call in (opd_store.open, lambda uri: opd_store.create(uri, meta=example_meta())):
-        with pytest.raises(opd_store.InvalidArgumentError, match=r"local paths only|null character"):
+        with pytest.raises(opd_store.InvalidArgumentError, match=r"Expected a local path|null character"):
             call(uri)
 
 

@@ -423,16 +423,23 @@ def written(tmp_path):
     return path, path / name
 
 
-def test_a_missing_table_is_found_at_open(written):
+def first_page(path: Path) -> object:
+    """The first use of the table."""
+    cache = opd_store.open(path)
+    assert cache.rollout(0, ranks=0).topk_ids is None
+    return cache[0]
+
+
+def test_a_missing_table_is_found_when_it_is_needed(written):
     path, table = written
     table.unlink()
-    for call in (opd_store.open, opd_store.append, opd_store.verify):
+    for call in (first_page, opd_store.append, opd_store.verify):
         with pytest.raises(opd_store.IntegrityError, match=f"{table}: missing"):
             call(path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "extended", "changed", "another", "empty"])
-def test_a_damaged_table_is_found_at_open(written, damage):
+def test_a_damaged_table_is_found_when_it_is_needed(written, damage):
     path, table = written
     data = table.read_bytes()
     changed = bytearray(data)
@@ -443,7 +450,7 @@ def test_a_damaged_table_is_found_at_open(written, damage):
             damage
         ]
     )
-    for call in (opd_store.open, opd_store.append, opd_store.verify):
+    for call in (first_page, opd_store.append, opd_store.verify):
         with pytest.raises(opd_store.OpdError, match=str(table)) as caught:
             call(path)
         if damage != "empty":
@@ -486,7 +493,7 @@ def test_a_table_for_another_vocabulary(written):
     (path / f"tables/{SMALL.digest.hex()}.ids").write_bytes(SMALL.to_bytes())
     rewrite(path, id_table=table_ref(SMALL))
     with pytest.raises(FormatError, match="id table of 260 ids, the vocabulary has 100"):
-        opd_store.open(path)
+        first_page(path)
 
 
 # Several writers.

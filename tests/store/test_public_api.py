@@ -6,6 +6,7 @@ To accept one: `python -m store.test_public_api > tests/store/public_api.txt`, w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -45,8 +46,9 @@ def _describe(name: str, item: object) -> Iterator[str]:
         private = member.startswith("_") and member not in DUNDERS
         if private or member in fields or "Internal to the package" in (value.__doc__ or ""):
             continue
-        if isinstance(value, property):
-            yield f"{name}.{member} -> {inspect.signature(value.fget).return_annotation}"
+        if isinstance(value, property | functools.cached_property):
+            getter = value.fget if isinstance(value, property) else value.func
+            yield f"{name}.{member} -> {inspect.signature(getter).return_annotation}"
         elif inspect.isfunction(value):
             yield f"{name}.{member}{_signature(value)}"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from train.tiny_models import VOCAB, random_rollouts, scored_cache
 
-from opd_store import InvalidRolloutError, Rollout
-from opd_train import collate
+from opd_store import NO_ID, InvalidRolloutError, Rollout
+from opd_train import TeacherTargets, collate
 from opd_train.forward import response_hidden
 
 
@@ -38,10 +38,12 @@ def test_every_field_is_the_rollouts_end_to_end(rollouts, n):
         for name in ("teacher_logprob", "behaviour_logprob", "topk_ids", "topk_logprob", "log_tail"):
             assert getattr(batch, name)[start:end].tolist() == getattr(rollout, name).tolist(), name
     dtypes = {"input_ids": torch.int64, "cu_seqlens": torch.int32, "loss_mask": torch.bool}
-    dtypes |= {"topk_ids": torch.int64, "topk_logprob": torch.float32, "log_tail": torch.float32}
+    dtypes |= {"topk_ids": torch.int32, "topk_logprob": torch.float32, "log_tail": torch.float32}
     for name, dtype in dtypes.items():
         assert getattr(batch, name).dtype == dtype, name
     assert batch.reference_logprob is None
+    assert batch.source_ids.tolist() == [0] * n
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in batch.tensors().values())
 
 
 def test_a_field_that_one_rollout_lacks_is_absent(rollouts):
@@ -87,13 +89,83 @@ def test_an_id_outside_the_vocabulary_is_refused(rollouts, field):
     assert caught.value.field == field
 
 
-def test_moving_a_batch_keeps_every_field(rollouts):
+def same(left, right):
+    """Equal tensors under equal names."""
+    found, expected = left.tensors(), right.tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+    return True
+
+
+def test_a_batch_moves_in_one_piece(rollouts):
+    batch = collate(rollouts, vocab_size=VOCAB, multiple_of=16)
+    assert batch.to("cpu") is batch
+    copy = batch.rebased(batch.buffer.clone())
+    assert same(copy, batch)
+    assert copy.n_padding == batch.n_padding > 0
+    for name, tensor in copy.tensors().items():
+        offset = tensor.data_ptr() - copy.buffer.data_ptr()
+        assert 0 <= offset <= len(copy.buffer) - tensor.nbytes, name
+        tensor.zero_()
+    assert same(batch, collate(rollouts, vocab_size=VOCAB, multiple_of=16)), "nothing is shared"
+
+
+def test_what_is_not_in_the_buffer_moves_too(rollouts):
+    mixed = dataclasses.replace(
+        collate(rollouts, vocab_size=VOCAB),
+        loss_mask=torch.ones(3, dtype=torch.bool),
+        log_tail=None,
+        joined=(TeacherTargets(teacher_logprob=torch.arange(6.0)[::2]),),
+    )
+    moved = mixed.rebased(mixed.buffer.clone())
+    assert same(moved, mixed)
+    assert moved.log_tail is None
+    assert moved.tensors()["joined.0.teacher_logprob"].tolist() == [0.0, 2.0, 4.0]
+    loose = dataclasses.replace(mixed, buffer=None)
+    assert same(loose.to("cpu"), mixed)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 7, 64])
+def test_padding_is_behind_the_last_rollout(rollouts, multiple_of):
+    plain, batch = (collate(rollouts, vocab_size=VOCAB, multiple_of=n) for n in (1, multiple_of))
+    assert batch.n_padded_tokens % multiple_of == 0
+    assert batch.n_padding == batch.n_padded_tokens - plain.n_tokens < multiple_of
+    assert batch.n_tokens == plain.n_tokens == plain.n_padded_tokens
+    assert batch.input_ids.tolist() == plain.input_ids.tolist() + [0] * batch.n_padding
+    last = len(rollouts[-1].token_ids)
+    going_on = list(range(last, last + batch.n_padding))
+    assert batch.position_ids.tolist() == plain.position_ids.tolist() + going_on
+    assert batch.cu_seqlens[:-1].tolist() == plain.cu_seqlens[:-1].tolist()
+    assert batch.cu_seqlens[-1] == batch.n_padded_tokens
+    assert batch.lengths.tolist() == plain.lengths.tolist() == [len(r.token_ids) for r in rollouts]
+    for name in set(plain.tensors()) - {"input_ids", "position_ids", "cu_seqlens"}:
+        assert torch.equal(batch.tensors()[name], plain.tensors()[name]), name
+    for found, expected in zip(batch.padded(), plain.padded(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 5, 32])
+def test_padded_rows_of_a_multiple(rollouts, multiple_of):
     batch = collate(rollouts, vocab_size=VOCAB)
-    moved = batch.to("cpu")
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        assert (getattr(moved, field.name) is None) == (value is None)
-        assert value is None or torch.equal(getattr(moved, field.name), value)
+    ids, mask, source = batch.padded(multiple_of)
+    longest = max(len(rollout.token_ids) for rollout in rollouts)
+    assert ids.shape[1] % multiple_of == 0
+    assert longest <= ids.shape[1] < longest + multiple_of
+    assert mask.sum(1).tolist() == batch.lengths.tolist()
+    assert torch.equal(ids.flatten()[source + 1], batch.target_ids)
+
+
+def test_rows_with_fewer_ranks_have_ids_that_can_be_gathered(rollouts):
+    ids, logprob = rollouts[0].topk_ids.copy(), rollouts[0].topk_logprob.copy()
+    ids[:, 2:], logprob[:, 2:] = NO_ID, -np.inf
+    cut = dataclasses.replace(rollouts[0], topk_ids=ids, topk_logprob=logprob)
+    batch = collate([cut], vocab_size=VOCAB)
+    assert batch.topk_ids[:, :2].tolist() == ids[:, :2].tolist()
+    assert (batch.topk_ids[:, 2:] == 0).all()
+    assert batch.topk_logprob[:, 2:].isneginf().all()
+    assert (cut.topk_ids[:, 2:] == NO_ID).all(), "the rollout stays as it was"
 
 
 def test_a_rollout_of_one_and_one_token():

@@ -31,3 +31,12 @@ def test_packed_rows_do_not_see_each_other(any_model, lengths):
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(chosen, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [packed_hidden, padded_hidden])
+def test_padding_changes_no_hidden_state(any_model, run):
+    rng = np.random.default_rng(0)
+    rollouts = [random_rollout(rng, vocab_size=VOCAB, prompt_len=2, response_len=n) for n in (9, 3, 4)]
+    with torch.no_grad():
+        plain, padded = (run(any_model, collate(rollouts, vocab_size=VOCAB, multiple_of=n)) for n in (1, 32))
+    torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5)

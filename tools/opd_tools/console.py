@@ -105,6 +105,51 @@ class Meter:
             click.echo(f"{self._what}: {text}{left}", err=True)
 
 
+def access_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --storage-option and --cache-dir; the command gets `access`, keywords of `opd_store.open`."""
+
+    @click.option(
+        "--storage-option",
+        "storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="For a URL: an option of its fsspec file system, such as endpoint_url=http://host:9000 or "
+        "anon=true. Repeatable. Credentials are better left to the provider's own environment and files.",
+    )
+    @click.option(
+        "--cache-dir",
+        envvar="OPD_CACHE_DIR",
+        help="For a URL: keep what was fetched in this directory, also for later runs. Default: in memory "
+        "only; OPD_CACHE_DIR sets it too.",
+    )
+    @click.option(
+        "--cache-gib", default=20.0, show_default=True, help="Size limit of --cache-dir, in GiB; oldest goes."
+    )
+    @functools.wraps(function)
+    def run(
+        *args: Any,  # noqa: ANN401
+        storage_options: tuple[str, ...],
+        cache_dir: str | None,
+        cache_gib: float,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        options = dict(_storage_option(text) for text in storage_options)
+        access = {"storage_options": options, "cache_dir": cache_dir, "cache_bytes": int(cache_gib * 2**30)}
+        function(*args, access=access, **kwargs)
+
+    return run
+
+
+def _storage_option(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.BadParameter(f"expected KEY=VALUE, found {printable(text, 40)!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def quiet_libraries() -> None:
     """Keep transformers' own progress bars and advice out of our output."""
     import transformers

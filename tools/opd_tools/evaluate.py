@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from opd_store import InvalidArgumentError, Rollout
-from opd_tools.console import AT_LEAST_1, Meter, command, load_model, model_options, print_json
+from opd_tools.console import (
+    AT_LEAST_1,
+    Meter,
+    access_options,
+    command,
+    load_model,
+    model_options,
+    print_json,
+)
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -55,6 +63,7 @@ def _value(number: str) -> float:
 @click.option("--seed", default=1, show_default=True, help="Seed of the samples for the KL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 @model_options
+@access_options
 @command
 def evaluate(
     model: str,
@@ -69,6 +78,7 @@ def evaluate(
     as_json: bool,
     dtype: str,
     device: str,
+    access: dict[str, Any],
 ) -> None:
     """Measure MODEL: accuracy on PROMPTS (greedy, 95 % Wilson interval), KL to a teacher from a CACHE or
     live.
@@ -119,7 +129,7 @@ def evaluate(
             live = load_model(teacher, dtype=dtype, device=device)
             found["reverse KL, nats per response"] = sequence_kl(lm, live, sample("sampling", 1.0))
     if cache is not None:
-        divergence = cache_divergence(lm, opd_store.open(cache))
+        divergence = cache_divergence(lm, opd_store.open(cache, **access))
         found["forward KL, nats per token"] = divergence["forward_kl"]
         found["reverse KL, nats per token"] = divergence["reverse_kl"]
     if as_json:

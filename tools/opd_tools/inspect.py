@@ -9,14 +9,15 @@ import click
 
 import opd_store
 from opd_store import Cache, ModelInfo
-from opd_tools.console import command, print_json, printable
+from opd_tools.console import access_options, command, print_json, printable
 
 
 @click.command("inspect")
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@access_options
 @command
-def inspect_cache(uri: str, as_json: bool) -> None:
+def inspect_cache(uri: str, as_json: bool, access: dict[str, Any]) -> None:
     """Show what the cache URI holds: size, columns, provenance, teacher consistency.
 
     Reads manifest, index and, for the size of each column, up to 16 record batches.
@@ -24,7 +25,7 @@ def inspect_cache(uri: str, as_json: bool) -> None:
     \b
     Example: opd inspect runs/cache
     """
-    found = describe(opd_store.open(uri))
+    found = describe(opd_store.open(uri, **access))
     if as_json:
         print_json(found)
         return

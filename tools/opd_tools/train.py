@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from opd_store import CacheMeta, InvalidArgumentError
-from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, printable
+from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, access_options, command, load_model, printable
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, Stopwatch
@@ -78,6 +78,32 @@ CORRECTIONS = ["none", "token_tis"]
     show_default=True,
     help="With --live and a KL objective: ranks to score.",
 )
+@click.option(
+    "--workers", type=AT_LEAST_0, default=1, show_default=True, help="Threads that prepare batches ahead."
+)
+@click.option(
+    "--shuffle",
+    type=click.Choice(["block", "global", "none"]),
+    default="block",
+    show_default=True,
+    help="block: record batches in random order, rollouts mixed within --window of them; global: exactly "
+    "uniform, best for local caches; none: as stored.",
+)
+@click.option(
+    "--window",
+    type=AT_LEAST_1,
+    default=32,
+    show_default=True,
+    help="Record batches mixed by --shuffle block.",
+)
+@click.option(
+    "--too-long",
+    type=click.Choice(["error", "truncate", "skip"]),
+    default="error",
+    show_default=True,
+    help="What to do with rollouts longer than a batch or the student's context.",
+)
+@access_options
 @command
 def train(cache: str | None, student: str, out: str, live: bool, device: str, **options: Any) -> None:  # noqa: ANN401
     """Distil the model --student from CACHE, without a teacher in memory.
@@ -131,7 +157,7 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
     click.echo(printable(trainer.final_dir, None))
 
 
-_OFFLINE_ONLY = ("ranks",)
+_OFFLINE_ONLY = ("ranks", "workers", "shuffle", "window", "too_long")
 _LIVE_ONLY = ("teacher", "prompts", "max_new_tokens", "topk")
 
 
@@ -169,7 +195,7 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     from opd_train import CacheStream, Objective, check_cache
 
     assert uri is not None
-    cache = opd_store.open(uri)
+    cache = opd_store.open(uri, **options["access"])
     fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
     teacher_used = fields["objective"] is not Objective.CROSS_ENTROPY
     allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"], teacher_used=teacher_used)
@@ -190,6 +216,10 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
         device=lm.device,
         vocab_size=lm.vocab_size,
         context=lm.context,
+        workers=options["workers"],
+        shuffle=options["shuffle"],
+        window=options["window"],
+        too_long=options["too_long"],
     )
     teacher = cache.meta.sft_teacher
     if not teacher_used:

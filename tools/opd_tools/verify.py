@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
 import opd_store
-from opd_tools.console import MAX_LINE, Meter, command, print_json, printable
+from opd_tools.console import MAX_LINE, Meter, access_options, command, print_json, printable
 
 
 @click.command("verify")
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@access_options
 @command
-def verify_cache(uri: str, as_json: bool) -> None:
+def verify_cache(uri: str, as_json: bool, access: dict[str, Any]) -> None:
     """Read every byte of the cache URI: checksums, digests, lengths, values, hashes, history. Writes nothing.
 
     Exits with 1 if anything is wrong, after checking the rest. URI may be pinned, as path@sha256:...
@@ -23,7 +25,7 @@ def verify_cache(uri: str, as_json: bool) -> None:
     Example: opd verify runs/cache
     """
     with Meter("verifying", "rollouts") as meter:
-        report = opd_store.verify(uri, on_progress=meter.update)
+        report = opd_store.verify(uri, on_progress=meter.update, **access)
     if as_json:
         fields = ("uri", "digest", "versions", "shards", "rollouts", "response_tokens", "n_bytes", "ok")
         print_json(

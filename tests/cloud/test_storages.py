@@ -1,0 +1,70 @@
+"""The contract on every storage and server."""
+
+from __future__ import annotations
+
+import pytest
+from cloud.contract import RemoteContract, StorageContract
+from cloud.servers import Server
+
+MEMORY = Server("memory://root")
+
+
+class TestLocal(StorageContract):
+    @pytest.fixture
+    def place(self, local):
+        return str(local), None
+
+
+class TestFileUrl(StorageContract):
+    @pytest.fixture
+    def place(self, local):
+        return f"file://{local}", None
+
+
+class TestMemory(RemoteContract):
+    @pytest.fixture
+    def place(self, local):
+        return MEMORY.put(local, "cache"), {}
+
+
+class TestWeb(RemoteContract):
+    start_methods = ("fork", "forkserver", "spawn")
+
+    @pytest.fixture
+    def place(self, local, web):
+        return web.put(local, "cache"), {}
+
+
+class TestWebWithRedirects(RemoteContract):
+    """To the same host, which are followed."""
+
+    @pytest.fixture
+    def place(self, local, web):
+        return web.put(local, "cache").replace(web.root, f"{web.root}/moved"), {}
+
+
+class TestMoto(RemoteContract):
+    start_methods = ("fork", "forkserver", "spawn")
+
+    @pytest.fixture
+    def place(self, local, moto):
+        return moto.put(local, "cache"), moto.options
+
+
+class TestSeaweedFS(RemoteContract):
+    @pytest.fixture
+    def place(self, local, seaweedfs):
+        return seaweedfs.put(local, "cache"), seaweedfs.options
+
+
+class TestFakeGcs(RemoteContract):
+    @pytest.fixture
+    def place(self, local, fake_gcs):
+        return fake_gcs.put(local, "cache"), fake_gcs.options
+
+
+@pytest.mark.cloud
+class TestAzurite(RemoteContract):
+    @pytest.fixture
+    def place(self, local, azurite):
+        return azurite.put(local, "cache"), azurite.options
