@@ -4,9 +4,9 @@
 
 Sorted is the worst case: neighbours are alike, and a record batch says all about its rollouts. Two numbers
 tell how much of that is left in stream order. `lag-1` is the correlation of the lengths of rollouts that
-follow each other; 0 is perfect. `batch means` is how far the mean length of `--batch` rollouts that follow each
-other varies (standard deviation), over the same after a global shuffle; 1 is perfect. `plan` is the wall time
-of one epoch's plan. No shard is made: orders follow from lengths alone.
+follow each other; 0 is perfect. `batch means` is how far the mean length of `--batch` rollouts that follow
+each other varies (standard deviation), over the same after a global shuffle; 1 is perfect. `plan` is the wall
+time of one epoch's plan. No shard is made: orders follow from lengths alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 /* The loops of opd_store that numpy needs many passes for. `kernels.py` says what they promise.
 
-   The numpy code is the reference: a function here either does what that does, bit for bit, or reports that it
-   did not, and then numpy decides and words the error. So there is no error text about data in this file.
+   The numpy code is the reference: a function here either does what that does, bit for bit, or reports that
+   it did not, and then numpy decides and words the error. So there is no error text about data in this file.
 
-   Nothing is trusted. Sizes and indices are compared before use, and what they are compared in is memory of this
-   module or of an immutable bytes object, since a page may be a mapped file that somebody changes meanwhile.
+   Nothing is trusted. Sizes and indices are compared before use, and what they are compared in is memory of
+   this module or of an immutable bytes object, since a page may be a mapped file that somebody changes
+   meanwhile.
 
    P = positions, k = ranks of a page, n = entries of a page without padding. Streams: spec/encodings.md. */
 
@@ -114,7 +115,8 @@ static inline void *row_at(const Rows *rows, Py_ssize_t at) { return rows->data 
 /* A flat array without gaps, such as a table. */
 static int take_flat(PyObject *object, Rows *rows, Py_ssize_t item, const char *name) {
     if (take_rows(object, rows, 0, item, name) < 0) return FAILED;
-    if (rows->data == NULL || (rows->buffer.ndim == 1 && (rows->n_rows <= 1 || rows->stride == item))) return OK;
+    if (rows->data == NULL || (rows->buffer.ndim == 1 && (rows->n_rows <= 1 || rows->stride == item)))
+        return OK;
     PyErr_Format(PyExc_ValueError, "%s: expected one dimension without gaps", name);
     return FAILED;
 }
@@ -216,7 +218,9 @@ static int join(Stream *s, uint32_t limit) {
     case 0: memset(out, 0, 4 * n); break;
     case 1: for (Py_ssize_t i = 0; i < n; i++) out[i] = a[i]; break;
     case 2: for (Py_ssize_t i = 0; i < n; i++) out[i] = a[i] | (uint32_t)b[i] << 8; break;
-    case 3: for (Py_ssize_t i = 0; i < n; i++) out[i] = a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16; break;
+    case 3:
+        for (Py_ssize_t i = 0; i < n; i++) out[i] = a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16;
+        break;
     default:
         for (Py_ssize_t i = 0; i < n; i++)
             out[i] = a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16 | (uint32_t)d[i] << 24;
@@ -303,10 +307,10 @@ static void find_groups(Page *page) {
     }
 }
 
-#define TRY(call)                                                                                                \
-    do {                                                                                                         \
-        int status_ = (call);                                                                                    \
-        if (status_ != OK) return status_;                                                                       \
+#define TRY(call) \
+    do { \
+        int status_ = (call); \
+        if (status_ != OK) return status_; \
     } while (0)
 
 static int take_ids(Reader *r, Page *page) {
@@ -363,8 +367,8 @@ static inline float from_units(uint32_t units, int is_half, float unit) {
 }
 
 /* Add up one rank group of a row from `units` on. */
-static inline uint32_t add_steps(uint32_t units, const uint8_t *restrict steps, Py_ssize_t n, const uint32_t **more,
-                                 uint32_t limit, uint32_t *restrict line) {
+static inline uint32_t add_steps(uint32_t units, const uint8_t *restrict steps, Py_ssize_t n,
+                                 const uint32_t **more, uint32_t limit, uint32_t *restrict line) {
     Py_ssize_t i = 0;
     while (i < n) {
         Py_ssize_t end = i + 8;
@@ -385,7 +389,8 @@ static inline uint32_t add_steps(uint32_t units, const uint8_t *restrict steps, 
     return units;
 }
 
-NOINLINE static void put_ladder(const uint32_t *restrict line, Py_ssize_t n, float unit, float *restrict out) {
+NOINLINE static void put_ladder(const uint32_t *restrict line, Py_ssize_t n, float unit,
+                                float *restrict out) {
     for (Py_ssize_t i = 0; i < n; i++) out[i] = from_units(line[i], 0, unit);
 }
 
@@ -467,9 +472,9 @@ static inline int lowest_bit(uint64_t bits) {
 }
 
 /* Ids of one row by its list; codes of 255 take the next of `escaped`. No branch depends on a single code. */
-static inline const uint32_t *put_listed(const uint8_t *restrict codes, Py_ssize_t n, const uint32_t *restrict list,
-                                         const uint32_t *restrict by_rank, const uint32_t *restrict escaped,
-                                         uint32_t *restrict out) {
+static inline const uint32_t *put_listed(const uint8_t *restrict codes, Py_ssize_t n,
+                                         const uint32_t *restrict list, const uint32_t *restrict by_rank,
+                                         const uint32_t *restrict escaped, uint32_t *restrict out) {
     for (Py_ssize_t i = 0; i < n; i++) out[i] = list[codes[i]];
     for (Py_ssize_t start = 0; start < n; start += 64) {
         Py_ssize_t end = start + 64 < n ? start + 64 : n, i = start;
@@ -564,7 +569,8 @@ static int check_arguments(Page *page, const Rows *by_rank, const Rows *table, i
         PyErr_Format(PyExc_ValueError, "limit %u at scale %d", page->limit, page->scale);
         return FAILED;
     }
-    if (page->out_ids.data == NULL || page->out_logprob.data == NULL || (page->out_draws.data && !has_draws)) {
+    if (page->out_ids.data == NULL || page->out_logprob.data == NULL ||
+        (page->out_draws.data && !has_draws)) {
         PyErr_SetString(PyExc_ValueError, "ids and logprob are needed, and draws only where there are some");
         return FAILED;
     }
@@ -600,8 +606,8 @@ static PyObject *decode_streams(PyObject *module, PyObject *args) {
     Page page;
     memset(&page, 0, sizeof page);
     if (!PyArg_ParseTuple(args, "OOKnnppipIOOOOOO", &body, &decompress, &max_window, &page.rank_start,
-                          &page.rank_end, &is_ragged, &has_draws, &page.scale, &page.is_words, &limit, &by_rank_o,
-                          &table_o, &ids_o, &logprob_o, &tail_o, &draws_o))
+                          &page.rank_end, &is_ragged, &has_draws, &page.scale, &page.is_words, &limit,
+                          &by_rank_o, &table_o, &ids_o, &logprob_o, &tail_o, &draws_o))
         return NULL;
     page.limit = limit;
     Rows bytes = {0}, by_rank = {0}, table = {0};
@@ -639,8 +645,8 @@ done:
 #define CHUNK 64
 #define BITS_OF_87 0x42AE0000
 
-/* exp(x) for x <= 0, 4e-7 of it too much or too little and |x| 2^-23 more; exp(-87) for anything lower, also -inf.
-   2^n times a polynomial for 2^f, f in [-0.5, 0.5]: Taylor's, whose next term is below 2e-7 there. */
+/* exp(x) for x <= 0, 4e-7 of it too much or too little and |x| 2^-23 more; exp(-87) for anything lower, also
+   -inf. 2^n times a polynomial for 2^f, f in [-0.5, 0.5]: Taylor's, whose next term is below 2e-7 there. */
 static inline float exp_below(float x) {
     /* Compared as integers, since compilers that keep floating point traps would make no vectors of it. */
     int32_t size;
@@ -692,15 +698,17 @@ static int padding_fits(const uint32_t *ids, const float *logprob, const uint32_
 }
 
 /* Copies the ids to `own`, since the array may be a mapped file: what was compared is what is used. */
-static inline int row_fits(const uint32_t *restrict ids, const float *restrict logprob, const uint32_t *restrict draws,
-                           float tail, Py_ssize_t k, uint8_t stamp, const Rules *rules, uint32_t *restrict own) {
+static inline int row_fits(const uint32_t *restrict ids, const float *restrict logprob,
+                           const uint32_t *restrict draws, float tail, Py_ssize_t k, uint8_t stamp,
+                           const Rules *rules, uint32_t *restrict own) {
     Py_ssize_t n = k;
     while (n > 0 && ids[n - 1] == NO_ID) n--;
     if (n < k && !(rules->is_ragged && padding_fits(ids, logprob, draws, n, k))) return 0;
     if (n == 0) return rules->may_be_empty && tail <= 0;
     /* In falling order, what is between two finite numbers is one; NaN is in no order. */
     if (!(tail <= 0) || !(logprob[0] <= 0) || !(logprob[n - 1] > -INFINITY)) return 0;
-    uint32_t top = 0; /* the highest bit tells whether an id, or how far it is below the last one, is negative */
+    /* The highest bit tells whether an id, or how far it is below the last one, is negative. */
+    uint32_t top = 0;
     uint32_t is_ordered = 1;
     for (Py_ssize_t i = 0; i < n; i++) {
         own[i] = ids[i];
@@ -742,8 +750,8 @@ static PyObject *rows_are_fine(PyObject *module, PyObject *args) {
     PyObject *ids_o, *logprob_o, *tail_o, *draws_o;
     unsigned int vocab_size;
     Rules rules = {0};
-    if (!PyArg_ParseTuple(args, "OOOOIppd", &ids_o, &logprob_o, &tail_o, &draws_o, &vocab_size, &rules.is_ragged,
-                          &rules.may_be_empty, &rules.limit))
+    if (!PyArg_ParseTuple(args, "OOOOIppd", &ids_o, &logprob_o, &tail_o, &draws_o, &vocab_size,
+                          &rules.is_ragged, &rules.may_be_empty, &rules.limit))
         return NULL;
     rules.vocab_size = vocab_size;
     uint32_t *own = NULL;
@@ -777,7 +785,8 @@ done:
 
 /* ---- Copying rows of many arrays ---- */
 
-static void copy_part(const Rows *to, Py_ssize_t to_start, const Rows *from, Py_ssize_t from_start, Py_ssize_t n) {
+static void copy_part(const Rows *to, Py_ssize_t to_start, const Rows *from, Py_ssize_t from_start,
+                      Py_ssize_t n) {
     Py_ssize_t width = from->width, bytes = width * from->item;
     if (to->item != from->item) {
         int is_joined = from->stride == bytes && to->stride == 2 * bytes;
@@ -799,6 +808,7 @@ static void copy_part(const Rows *to, Py_ssize_t to_start, const Rows *from, Py_
 typedef struct {
     Rows from;
     Py_ssize_t to_start, from_start, n;
+    int is_cut;
 } Part;
 
 /* A flat source of a destination with rows holds them end to end, and starts at an item. */
@@ -812,12 +822,14 @@ static void cut_into_rows(const Rows *to, Part *part) {
     from->width = to->width;
     from->stride = to->width * from->item;
     part->from_start = 0;
+    part->is_cut = 1;
 }
 
 static int check_part(const Rows *to, const Part *part, Py_ssize_t number) {
     const Rows *from = &part->from;
     int items_fit = to->item == from->item || (to->item == 8 && from->item == 4);
-    if (from->data == NULL || from->buffer.ndim > to->buffer.ndim || from->width != to->width || !items_fit) {
+    int rows_fit_in = from->width == to->width && (from->buffer.ndim == to->buffer.ndim || part->is_cut);
+    if (from->data == NULL || !rows_fit_in || !items_fit) {
         PyErr_Format(PyExc_ValueError, "source %zd: its rows are not those of the destination", number);
         return FAILED;
     }

@@ -1,77 +1,72 @@
-"""Reading a cache: rollouts as views of memory-mapped shards."""
+"""Reading a cache: rollouts as views of shards, mapped or fetched."""
 
 from __future__ import annotations
 
 import functools
 import os
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView, Proven
+from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView
 from opd_store.encodings import IdTable, PageStreams
 from opd_store.errors import CacheNotFoundError, IntegrityError, InvalidArgumentError
 from opd_store.index import FileRef, RolloutTable, SegmentRef, ShardTable, decode_shard_table
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
+from opd_store.record_batches import RecordBatches
 from opd_store.rollout import Rollout
 from opd_store.schema import SCALARS, CacheSchema, arrow_schema
-from opd_store.shard import MappedShard, Proof, ShardInfo, ShardReader, file_digest, require_size
-from opd_store.storage import LocalStorage, resolve
+from opd_store.shard import ShardInfo, ShardReader, require_size
+from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, RemoteStorage, Stats, resolve
 from opd_store.table import rollouts_to_arrow
 from opd_store.watch import FileWatch
 
-_OPEN_BATCHES = 256
-"""Record batches kept parsed. Each costs a few kilobytes; their data stays in the page cache."""
-_OPEN_SHARDS = 512
-"""Shards kept mapped or connected."""
 _PREFETCHED_BATCHES = 64
 """Record batches that reading a column asks for ahead."""
 
 
-@dataclass(slots=True)
-class _Known:
-    """What was found right about a shard; kept when the shard is no longer open."""
-
-    proof: Proof
-    proven: dict[int, Proven] = field(default_factory=dict)
-    """By record batch of the shard."""
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenBatch:
-    view: BatchView
-    parts: frozenset[int]
-    require_whole: Callable[[], None]
-
-
-def open_cache(uri: str | os.PathLike[str], *, check_values: bool = True) -> Cache:
+def open_cache(
+    uri: str | os.PathLike[str],
+    *,
+    check_values: bool = True,
+    storage_options: Mapping[str, object] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> Cache:
     """Open the newest version of a cache, or the one pinned by `path@sha256:...`. Exported as
     `opd_store.open`.
 
-    Reads the manifest and the shard tables; shards and the id table are mapped and checked when first used.
+    Reads the manifest and the shard tables; shards and the id table are read and checked when first used.
 
     Args:
+        uri: a path, or a URL of a protocol that fsspec knows: s3, gs, az, abfs, hf, https, memory.
         check_values: prove at the first read of each row that its values are possible: ids inside the
             vocabulary and distinct, log-probs finite, at most 0 and in order, probabilities of at most 1.
             Checksums are compared in any case.
+        storage_options: for a URL, what its fsspec file system takes, such as `endpoint_url` for s3.
+        cache_dir: for a URL, a directory that keeps what was fetched; processes may share it. None keeps
+            up to 512 MiB in memory.
+        cache_bytes: what that directory may hold; what was not used for longest goes.
 
     Raises:
         CacheNotFoundError: no committed version there, or none with the pinned digest.
         FormatError, IntegrityError, UnsupportedVersionError: the manifest or a shard table is at fault.
+        InvalidArgumentError: a protocol that is not known, or whose package is missing.
+        StorageError: the place cannot be read.
     """
-    storage, pin = resolve(uri)
+    storage, pin = resolve(uri, storage_options=storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    return _open_version(storage, pin, check_values=check_values)
+
+
+def _open_version(storage: LocalStorage | RemoteStorage, pin: str | None, *, check_values: bool) -> Cache:
     return Cache(storage, *load_manifest(storage, pin), check_values=check_values)
 
 
-def load_manifest(storage: LocalStorage, pin: str | None = None) -> tuple[Manifest, str]:
+def load_manifest(storage: LocalStorage | RemoteStorage, pin: str | None = None) -> tuple[Manifest, str]:
     """The newest manifest, or the pinned one, and its digest."""
     versions = storage.versions()
     if not versions:
@@ -99,11 +94,17 @@ class Cache(Sequence[Rollout]):
     """One version of a cache, for reading. Rollouts keep the order in which they were appended.
 
     `cache[i]` and iteration give `Rollout` objects with read-only views. A cache may be shared by threads and
-    inherited by forked processes; pickling it passes its address, pinned to this version.
+    inherited by forked processes; pickling it passes its address, pinned to this version, and the storage
+    options.
     """
 
     def __init__(
-        self, storage: LocalStorage, manifest: Manifest, digest: str, *, check_values: bool = True
+        self,
+        storage: LocalStorage | RemoteStorage,
+        manifest: Manifest,
+        digest: str,
+        *,
+        check_values: bool = True,
     ) -> None:
         self._storage, self._manifest, self._check_values = storage, manifest, check_values
         self.digest = digest
@@ -112,18 +113,21 @@ class Cache(Sequence[Rollout]):
         tables = [self._load_shard_table(segment) for segment in manifest.segments]
         self._shards = ShardTable.join(tables, manifest.schema.n_parts)
         self._segment_start = np.cumsum([0, *map(len, tables)])
-        self._first_row = np.concatenate([[0], np.cumsum(self._shards.batch_rows)])
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, tuple[ShardReader, _Known]] = OrderedDict()
-        self._known: dict[int, _Known] = {}
-        self._batches: OrderedDict[int, _OpenBatch] = OrderedDict()
+        self._batches = RecordBatches(
+            storage,
+            self._shards,
+            manifest.schema,
+            self._arrow,
+            vocab_size=manifest.meta.vocab_size,
+            id_table=lambda: self.id_table,
+            check_values=check_values,
+        )
         self._selections: dict[tuple[int | None, frozenset[str] | None], tuple[int, ...]] = {}
-        self._tables: dict[int, tuple[RolloutTable, FileWatch]] = {}
-        _CACHES.add(self)
+        self._tables: dict[int, tuple[RolloutTable, FileWatch | None]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        reopen = functools.partial(open_cache, check_values=self._check_values)
-        return reopen, (f"{self.uri}@{self.digest}",)
+        reopen = functools.partial(_open_version, check_values=self._check_values)
+        return reopen, (self._storage, self.digest)
 
     def __repr__(self) -> str:
         what = f"{len(self)} rollouts, top-{self.topk} {self.encoding}"
@@ -133,6 +137,11 @@ class Cache(Sequence[Rollout]):
     def uri(self) -> str:
         """Where the cache is, without a pin."""
         return self._storage.uri
+
+    @property
+    def stats(self) -> Stats | None:
+        """Requests and bytes that this process fetched; None for a local cache."""
+        return None if isinstance(self._storage, LocalStorage) else self._storage.stats
 
     @property
     def version(self) -> int:
@@ -239,11 +248,8 @@ class Cache(Sequence[Rollout]):
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
             raise IndexError(f"{self.uri}: rows {wanted[0]} to {wanted[-1]} of {len(self)}")
         parts = self._parts(ranks, columns)
-        for number in np.unique(self._first_row.searchsorted(wanted, side="right") - 1).tolist():
-            with self._lock:
-                found = self._batches.get(number)
-            if found is None or not found.parts.issuperset(parts):
-                self._prefetch(number, parts)
+        for number in np.unique(self._batches.first_row.searchsorted(wanted, side="right") - 1).tolist():
+            self._batches.prefetch(number, parts)
 
     def __len__(self) -> int:
         return self._manifest.rows
@@ -298,7 +304,7 @@ class Cache(Sequence[Rollout]):
         sizes = dict.fromkeys(self._arrow.names, 0)
         tokens = 0
         for number in sorted({index * n_batches // batches for index in range(batches if n_batches else 0)}):
-            view = self._batch(number, self.schema.parts())
+            view = self._batches.view(number, self.schema.parts())
             tokens += view.n_response_tokens
             for name, n_bytes in view.column_bytes().items():
                 sizes[name] += n_bytes
@@ -309,7 +315,7 @@ class Cache(Sequence[Rollout]):
         self._check_selection(ranks, columns)
         parts = self._parts(ranks, columns)
         for number in range(len(self.batch_rows)):
-            batch = self._batch(number, parts)
+            batch = self._batches.view(number, parts)
             for row in range(batch.n_rows):
                 yield batch.rollout(row, ranks=ranks, columns=columns)
 
@@ -347,11 +353,11 @@ class Cache(Sequence[Rollout]):
         chunks = []
         n_batches = len(self.batch_rows)
         for number in range(min(_PREFETCHED_BATCHES, n_batches)):
-            self._prefetch(number, (0,))
+            self._batches.prefetch(number, (0,))
         for number in range(n_batches):
             if number + _PREFETCHED_BATCHES < n_batches:
-                self._prefetch(number + _PREFETCHED_BATCHES, (0,))
-            found = self._make_view(number, (0,)).view.column(name)
+                self._batches.prefetch(number + _PREFETCHED_BATCHES, (0,))
+            found = self._batches.fresh_view(number, (0,)).column(name)
             # A copy, so that not every shard stays open.
             chunks.append(found.take(pa.array(np.arange(len(found)))))
         return pa.chunked_array(chunks, self._arrow.field(name).type)
@@ -403,9 +409,9 @@ class Cache(Sequence[Rollout]):
     ) -> list[tuple[BatchView, int]]:
         """The record batch of every row, and which of its rows it is. Internal to the package."""
         parts = self._parts(ranks, columns)
-        numbers = self._first_row.searchsorted(rows, side="right") - 1
-        inside = (rows - self._first_row[numbers]).tolist()
-        views = {number: self._batch(number, parts) for number in dict.fromkeys(numbers.tolist())}
+        numbers = self._batches.first_row.searchsorted(rows, side="right") - 1
+        inside = (rows - self._batches.first_row[numbers]).tolist()
+        views = {number: self._batches.view(number, parts) for number in dict.fromkeys(numbers.tolist())}
         return [(views[number], row) for number, row in zip(numbers.tolist(), inside, strict=True)]
 
     def _locate(self, row: int, parts: tuple[int, ...]) -> tuple[BatchView, int]:
@@ -413,101 +419,26 @@ class Cache(Sequence[Rollout]):
         if not -n_rows <= row < n_rows:
             raise IndexError(f"{self.uri}: row {row} of {n_rows}")
         row %= n_rows
-        number = int(self._first_row.searchsorted(row, side="right")) - 1
-        return self._batch(number, parts), row - int(self._first_row[number])
-
-    def _batch(self, number: int, parts: tuple[int, ...]) -> BatchView:
-        """A view of a record batch that has at least these parts."""
-        with self._lock:
-            found = self._batches.get(number)
-            if found is not None:
-                self._batches.move_to_end(number)
-        if found is not None and found.parts.issuperset(parts):
-            found.require_whole()
-            return found.view
-        wanted = parts if found is None else tuple(sorted(found.parts.union(parts)))
-        made = self._make_view(number, wanted)
-        with self._lock:
-            self._batches[number] = made
-            self._batches.move_to_end(number)
-            if len(self._batches) > _OPEN_BATCHES:
-                self._batches.popitem(last=False)
-        return made.view
-
-    def _make_view(self, number: int, parts: tuple[int, ...]) -> _OpenBatch:
-        shard, batch = self._batch_at(number)
-        reader, known = self._open_shard(shard)
-        first, end = self._first_row[number : number + 2].tolist()
-        proven = known.proven.setdefault(batch, Proven())
-        view = BatchView(
-            reader.batch(batch, parts),
-            self.schema,
-            row_tokens=self.row_tokens[first:end],
-            row_response_tokens=self.row_response_tokens[first:end],
-            vocab_size=self.meta.vocab_size,
-            id_table=self.id_table if parts[-1] >= layout.NATIVE_PARTS else None,
-            proven=proven if self._check_values else None,
-            where=f"{reader.uri}, record batch {batch}",
-        )
-        source = reader.source
-        require_whole = source.require_whole if isinstance(source, MappedShard) else _nothing
-        return _OpenBatch(view, frozenset(parts), require_whole)
-
-    def _prefetch(self, number: int, parts: tuple[int, ...]) -> None:
-        shard, batch = self._batch_at(number)
-        self.shard_reader(shard).source.prefetch(batch, parts)
-
-    def _batch_at(self, number: int) -> tuple[int, int]:
-        """Shard of a record batch, and which of its record batches it is."""
-        shard = int(self._shards.batch_shard[number])
-        return shard, number - int(self._shards.first_batch[shard])
+        number = int(self._batches.first_row.searchsorted(row, side="right")) - 1
+        return self._batches.view(number, parts), row - int(self._batches.first_row[number])
 
     def shard_reader(self, number: int) -> ShardReader:
         """An open shard. Internal to the package."""
-        return self._open_shard(number)[0]
-
-    def _open_shard(self, number: int) -> tuple[ShardReader, _Known]:
-        with self._lock:
-            found = self._open.get(number)
-            if found is not None:
-                self._open.move_to_end(number)
-                return found
-        info = self._shards[number]
-        uri = self._storage.describe(info.path)
-        buffer = self._storage.map(info.path)
-        watch = FileWatch(uri, buffer.size)
-        known = self._remembered(number, watch.identity)
-        source = MappedShard(buffer, info, self._arrow, uri=uri, current_size=watch.size, proof=known.proof)
-        made = ShardReader(source, info, self._arrow, uri=uri, proof=known.proof), known
-        with self._lock:
-            self._open[number] = made
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return made
-
-    def _remembered(self, number: int, identity: Hashable) -> _Known:
-        """What is known about a shard, forgotten where its file is not the one that was read before."""
-        with self._lock:
-            known = self._known.get(number)
-            if known is None or known.proof.identity != identity:
-                known = self._known[number] = _Known(Proof(identity))
-            return known
+        return self._batches.shard(number)
 
     def rollout_table(self, number: int) -> RolloutTable:
         """The rollout table of a segment, digest checked at first use. Internal to the package."""
-        segment = self._manifest.segments[number]
-        where = self._storage.describe(segment.rollouts.path)
-        with self._lock:
-            found = self._tables.get(number)
-        if found is None:
-            buffer = self._load_index_file(segment.rollouts)
+        ref = self._manifest.segments[number].rollouts
+        where = self._storage.describe(ref.path)
+        if number not in self._tables:
+            buffer = self._load(ref)
             start, end = self._segment_start[number : number + 2]
             shard_rows = np.diff(self._shards.first_row[start : end + 1])
-            found = RolloutTable(buffer, shard_rows, where=where), FileWatch(where, buffer.size)
-            with self._lock:
-                self._tables[number] = found
-        table, watch = found
-        require_size(watch.size(), segment.rollouts.n_bytes, uri=where)
+            watch = FileWatch(where, buffer.size) if self._storage.is_local else None
+            self._tables[number] = RolloutTable(buffer, shard_rows, where=where), watch
+        table, watch = self._tables[number]
+        if watch is not None:
+            require_size(watch.size(), ref.n_bytes, uri=where)
         return table
 
     @property
@@ -523,7 +454,7 @@ class Cache(Sequence[Rollout]):
     def _load_shard_table(self, segment: SegmentRef) -> ShardTable:
         where = self._storage.describe(segment.shards.path)
         # A copy: these arrays are used as long as the cache is open, whatever becomes of the file.
-        buffer = pa.py_buffer(self._load_index_file(segment.shards).to_pybytes())
+        buffer = pa.py_buffer(self._load(segment.shards).to_pybytes())
         shards = decode_shard_table(buffer, self.schema.n_parts, where=where)
         counts = ("rows", "tokens", "response_tokens", "n_bytes")
         sums = [len(shards), *(shards.total(name) for name in counts)]
@@ -536,31 +467,8 @@ class Cache(Sequence[Rollout]):
         if ref is None:
             return None
         where = self._storage.describe(ref.path)
-        data = np.frombuffer(self._load_index_file(ref).to_pybytes(), np.uint8)
+        data = np.frombuffer(self._load(ref).to_pybytes(), np.uint8)
         return IdTable.from_bytes(data, vocab_size=self.meta.vocab_size, where=where)
 
-    def _load_index_file(self, ref: FileRef) -> pa.Buffer:
-        buffer = self._storage.map(ref.path)
-        where = self._storage.describe(ref.path)
-        if buffer.size != ref.n_bytes or file_digest(buffer) != ref.sha256:
-            raise IntegrityError(
-                f"{where}: not the {ref.n_bytes} bytes with the digest in its name. Fetch it again.",
-                uri=where,
-            )
-        return buffer
-
-
-def _nothing() -> None:
-    """What a shard needs that nobody can cut under its reader."""
-
-
-_CACHES: weakref.WeakSet[Cache] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    # Another thread of the parent may have held one at the moment of the fork.
-    for cache in _CACHES:
-        cache._lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)
+    def _load(self, ref: FileRef) -> pa.Buffer:
+        return self._storage.load(ref.path, ref.n_bytes, ref.sha256)

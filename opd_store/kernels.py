@@ -163,8 +163,9 @@ def copy_rows(
 
 def _as_rows(source: NDArray[Any], first: int, dst: NDArray[Any]) -> tuple[NDArray[Any], int]:
     """A source, and its first row, where it may be flat."""
+    is_flat = source.ndim == 1 and dst.ndim == 2 and source.strides[0] == source.itemsize
     width = dst.shape[-1]
-    if source.ndim == dst.ndim or not width or not 0 <= first <= len(source):
+    if not is_flat or not width or not 0 <= first <= len(source):
         return source, first
     n_rows = (len(source) - first) // width
     return source[first : first + n_rows * width].reshape(n_rows, width), 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.rollout import checked
 from opd_store.schema import arrow_schema
 from opd_store.shard import MappedShard, ShardInfo, ShardReader, file_digest, part_slices
-from opd_store.storage import LocalStorage, resolve
+from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, RemoteStorage, resolve
 from opd_store.watch import FileWatch
 
 
@@ -50,12 +50,18 @@ class VerifyReport:
 
 
 def verify(
-    uri: str | os.PathLike[str], *, on_progress: Callable[[int, int], None] | None = None
+    uri: str | os.PathLike[str],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    storage_options: Mapping[str, object] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> VerifyReport:
     """Read every byte of a version and of the history it names. Writes nothing.
 
     Args:
         uri: a cache, optionally pinned.
+        storage_options, cache_dir, cache_bytes: as for `open`. Shards are fetched whole and not kept.
         on_progress: called with (rollouts checked, rollouts in all) after each record batch.
 
     Returns:
@@ -65,7 +71,7 @@ def verify(
         OpdError: the manifest, a shard table or the id table cannot be read, so there is nothing to check
             against.
     """
-    storage, pin = resolve(uri)
+    storage, pin = resolve(uri, storage_options=storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
     cache = Cache(storage, *load_manifest(storage, pin))
     # Found damaged here once, and not in every page.
     id_table = cache.id_table
@@ -94,7 +100,9 @@ def verify(
     return report
 
 
-def _check_history(storage: LocalStorage, cache: Cache, report: VerifyReport) -> Iterator[OpdError]:
+def _check_history(
+    storage: LocalStorage | RemoteStorage, cache: Cache, report: VerifyReport
+) -> Iterator[OpdError]:
     report.versions = 1
     child = cache.manifest
     for sequence in range(cache.version - 1, 0, -1):
@@ -116,7 +124,7 @@ def _check_history(storage: LocalStorage, cache: Cache, report: VerifyReport) ->
         report.versions += 1
 
 
-def _read_parent(storage: LocalStorage, name: str, child: Manifest) -> Manifest:
+def _read_parent(storage: LocalStorage | RemoteStorage, name: str, child: Manifest) -> Manifest:
     where = storage.describe(name)
     try:
         data = storage.read(name, layout.MAX_MANIFEST_BYTES)
@@ -130,7 +138,7 @@ def _read_parent(storage: LocalStorage, name: str, child: Manifest) -> Manifest:
 
 
 def _check_shard(
-    storage: LocalStorage,
+    storage: LocalStorage | RemoteStorage,
     cache: Cache,
     info: ShardInfo,
     first_row: int,
@@ -140,7 +148,8 @@ def _check_shard(
     uri = storage.describe(info.path)
     buffer = storage.map(info.path)
     schema = arrow_schema(cache.schema)
-    source = MappedShard(buffer, info, schema, uri=uri, current_size=FileWatch(uri, buffer.size).size)
+    current_size = FileWatch(uri, buffer.size).size if storage.is_local else None
+    source = MappedShard(buffer, info, schema, uri=uri, current_size=current_size)
     reader = ShardReader(source, info, schema, uri=uri)
     for number in range(info.n_batches):
         rows = slice(first_row, first_row + info.parts(number)[0].rows)

@@ -20,6 +20,7 @@ from opd_store.storage.retry import Retry
 from opd_store.storage.session import Stats
 
 __all__ = [
+    "DEFAULT_CACHE_BYTES",
     "LocalStorage",
     "RemoteShard",
     "RemoteStorage",

@@ -24,7 +24,7 @@ from opd_store.storage.transport import file_system_class
 
 T = TypeVar("T")
 
-_MAX_PREFETCH_BYTES = 256 << 20
+_MAX_PREFETCH_BYTES = 384 << 20
 """What may be on its way or waiting to be used; the oldest goes first."""
 
 
@@ -90,6 +90,11 @@ class RemoteStorage:
     def uri(self) -> str:
         """The root as the user wrote it, without passwords and query."""
         return self._address.shown
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether what was fetched is mapped from the disk cache, and takes no memory of its own."""
+        return self._cache is not None
 
     @property
     def stats(self) -> Stats:

@@ -1,8 +1,9 @@
 """One attempt at one request. Retries, checks and messages are above.
 
 fsspec caches file system objects, listings and blocks; none of that is used, since it may be stale or belong
-to another process. What libraries retry by themselves is switched off, so that attempts do not multiply; only
-huggingface_hub keeps its own five tries.
+to another process. What libraries retry by themselves is switched off, so that attempts do not multiply. What
+stays: aiohttp asks once more where a connection ends before an answer, and huggingface_hub tries listings five
+times.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def connect(address: Address, options: Mapping[str, object], retry: Retry) -> Tr
     if EXTRAS[address.protocol] == "http":
         return _Http(kind(**settings), address, retry)
     if EXTRAS[address.protocol] == "hub":
-        return _Hub(kind(**settings), address)
+        return _Hub(kind(**settings), address, retry)
     if EXTRAS[address.protocol] == "s3":
         return _FileSystem(_s3(kind, settings, retry), address)
     if EXTRAS[address.protocol] == "gcs":
@@ -188,15 +189,23 @@ class _FileSystem:
 
 
 class _Hub(_FileSystem):
-    """Hugging Face: ranges without the block cache of its files, which would read ahead."""
+    """Hugging Face: plain ranges. Its files would ask for their size first, and read ahead."""
+
+    def __init__(self, fs: Any, address: Address, retry: Retry) -> None:
+        super().__init__(fs, address)
+        self._retry = retry
 
     async def get(self, name: str, start: int, end: int) -> bytes:
         return await asyncio.to_thread(self._get, f"{self._root}/{name}", start, end)
 
     def _get(self, path: str, start: int, end: int) -> bytes:
-        # A given size saves asking for it; the end of the range is one that serves.
-        with self._fs.open(path, "rb", cache_type="none", block_size=end, size=end) as file:
-            return bytes(file._fetch_range(start, end))
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        headers = {**build_hf_headers(token=self._fs.token), "Range": f"bytes={start}-{end - 1}"}
+        url, timeout = self._fs.url(path), self._retry.attempt_s
+        response = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=0)
+        hf_raise_for_status(response)
+        return bytes(response.content)
 
 
 class _Http:

@@ -31,6 +31,15 @@ def web(tmp_path_factory) -> Iterator[servers.WebServer]:
 
 
 @pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Iterator[servers.WebServer]:
+    """A data set on something like Hugging Face."""
+    with servers.web_server(tmp_path_factory.mktemp("hub"), servers.HubHandler) as server:
+        server.options = {"endpoint": server.root, "token": servers.SECRET}
+        server.root = "hf://datasets/user/name@main"
+        yield server
+
+
+@pytest.fixture(scope="session")
 def moto(tmp_path_factory) -> Iterator[servers.Server]:
     with servers.moto(tmp_path_factory.mktemp("moto")) as server:
         yield server

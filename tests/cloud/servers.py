@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +84,35 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         """Nothing."""
 
 
+class HubHandler(RangeHandler):
+    """As much of Hugging Face as reading a data set needs."""
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        if path.startswith("/api/datasets/user/name/tree/main/"):
+            name = path.removeprefix("/api/datasets/user/name/tree/main/")
+            files = [] if not Path(self.directory, name).is_dir() else Path(self.directory, name).iterdir()
+            common = {"type": "file", "oid": "0" * 40}
+            found = [common | {"path": f"{name}/{file.name}", "size": file.stat().st_size} for file in files]
+            return self._send(200 if found else 404, found)
+        if path in ("/api/datasets/user/name", "/api/datasets/user/name/revision/main"):
+            return self._send(200, {"id": "user/name", "sha": "0" * 40, "siblings": [], "private": False})
+        if not path.startswith("/datasets/user/name/resolve/main/"):
+            return self._send(404, {"error": "Repository not found"}, "RepoNotFound")
+        self.path = path.removeprefix("/datasets/user/name/resolve/main")
+        return super().do_GET()
+
+    def _send(self, status: int, value: object, code: str = "") -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(body)
+
+
 @dataclass
 class WebServer(Server):
     """A directory on the web."""
@@ -93,13 +124,10 @@ class WebServer(Server):
 
 
 @contextlib.contextmanager
-def web_server(directory: Path) -> Iterator[WebServer]:
+def web_server(directory: Path, handler: type[RangeHandler] = RangeHandler) -> Iterator[WebServer]:
     """The standard library's web server, with ranges."""
-
-    def handler(*args: object) -> RangeHandler:
-        return RangeHandler(*args, directory=str(directory))
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    serve = functools.partial(handler, directory=str(directory))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]

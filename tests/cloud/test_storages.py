@@ -6,6 +6,9 @@ import pytest
 from cloud.contract import RemoteContract, StorageContract
 from cloud.servers import Server
 
+import opd_store
+from opd_store.storage import resolve
+
 MEMORY = Server("memory://root")
 
 
@@ -41,6 +44,17 @@ class TestWebWithRedirects(RemoteContract):
     @pytest.fixture
     def place(self, local, web):
         return web.put(local, "cache").replace(web.root, f"{web.root}/moved"), {}
+
+
+class TestHub(RemoteContract):
+    @pytest.fixture
+    def place(self, local, hub):
+        return hub.put(local, "cache"), hub.options
+
+    def test_no_such_repository(self, hub):
+        storage, _ = resolve("hf://datasets/user/other/cache", storage_options=hub.options)
+        with pytest.raises(opd_store.CacheNotFoundError, match="no such bucket or repository"):
+            storage.versions()
 
 
 class TestMoto(RemoteContract):

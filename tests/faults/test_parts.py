@@ -17,7 +17,7 @@ from store.caches import add, assert_same, some_rollouts, write
 
 import opd_store
 from fuzz.structure import PartialShard
-from opd_store import cache as cache_module
+from opd_store import record_batches
 from opd_store import shard as shard_module
 from opd_store.shard import part_slices
 
@@ -114,7 +114,7 @@ def test_columns_of_an_empty_cache(tmp_path):
 
 def test_lengths_come_from_the_index(path, monkeypatch):
     values = list(opd_store.open(path))
-    monkeypatch.setattr(cache_module.LocalStorage, "map", guarded(cache_module.LocalStorage.map))
+    monkeypatch.setattr(record_batches.LocalStorage, "map", guarded(record_batches.LocalStorage.map))
     cache = opd_store.open(path)
     assert cache.row_tokens.tolist() == [len(value.token_ids) for value in values]
     assert cache.row_response_tokens.tolist() == [value.response_len for value in values]
@@ -175,8 +175,8 @@ def many(tmp_path):
 
 def test_closed_shards_stay_proven(many, monkeypatch):
     path, values = many
-    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 2)
-    monkeypatch.setattr(cache_module, "_OPEN_BATCHES", 1)
+    monkeypatch.setattr(record_batches, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 1)
     counts: Counter[str] = Counter()
 
     def counted(name, call):
@@ -188,12 +188,12 @@ def test_closed_shards_stay_proven(many, monkeypatch):
 
     monkeypatch.setattr(shard_module, "crc32c", counted("crc", shard_module.crc32c))
     monkeypatch.setattr(shard_module, "require_in_place", counted("parse", shard_module.require_in_place))
-    monkeypatch.setattr(cache_module.LocalStorage, "map", counted("map", cache_module.LocalStorage.map))
+    monkeypatch.setattr(record_batches.LocalStorage, "map", counted("map", record_batches.LocalStorage.map))
     cache = opd_store.open(path)
     for _ in range(3):
         for found, value in zip(cache, values, strict=True):
             assert_same(found, value)
-        assert len(cache._open) == 2
+        assert len(cache._batches._open) == 2
     n_tables = len(cache.manifest.segments)
     # Head, footer and three parts of each; mapped anew in each round.
     assert counts == {"crc": 6 * 5, "parse": 6, "map": 3 * 6 + n_tables}
@@ -201,8 +201,8 @@ def test_closed_shards_stay_proven(many, monkeypatch):
 
 def test_another_file_under_the_name_is_checked_anew(many, monkeypatch):
     path, values = many
-    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 1)
-    monkeypatch.setattr(cache_module, "_OPEN_BATCHES", 1)
+    monkeypatch.setattr(record_batches, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 1)
     cache = opd_store.open(path)
     for row, value in enumerate(values):
         assert_same(cache[row], value)
@@ -218,8 +218,8 @@ def test_another_file_under_the_name_is_checked_anew(many, monkeypatch):
 
 def test_many_threads(many, monkeypatch):
     path, values = many
-    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 2)
-    monkeypatch.setattr(cache_module, "_OPEN_BATCHES", 2)
+    monkeypatch.setattr(record_batches, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 2)
     cache = opd_store.open(path)
     errors = []
 
@@ -251,7 +251,7 @@ def test_a_child_forked_while_a_thread_reads(many):
     with warnings.catch_warnings():
         # Later releases of Python warn of any fork beside threads.
         warnings.simplefilter("ignore", DeprecationWarning)
-        with cache._lock:
+        with cache._batches._lock:
             child = os.fork()
             if not child:
                 signal.alarm(20)

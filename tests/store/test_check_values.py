@@ -11,7 +11,7 @@ import pytest
 from store.caches import VOCAB, some_rollouts, write
 
 import opd_store
-from opd_store import Rollout, batch, cache, layout
+from opd_store import Rollout, batch, layout, record_batches
 
 SIZES = {"topk": 9, "chosen": 3, "sampled": 3}
 GOOD = some_rollouts(4, response_len=5, **SIZES)
@@ -62,7 +62,7 @@ def test_a_row_is_checked_once_for_each_number_of_ranks(tmp_path, spied):
 
 
 def test_nothing_is_checked_again_after_a_batch_was_forgotten(tmp_path, spied, monkeypatch):
-    monkeypatch.setattr(cache, "_OPEN_BATCHES", 1)
+    monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 1)
     write(tmp_path / "cache", GOOD, batch_bytes=1, **SIZES)
     found = opd_store.open(tmp_path / "cache")
     list(found.scan(columns=["topk_ids"]))
@@ -76,7 +76,7 @@ def test_nothing_is_checked_again_after_a_batch_was_forgotten(tmp_path, spied, m
 
 
 def test_nothing_else_is_checked_again_either(tmp_path, spied, monkeypatch):
-    monkeypatch.setattr(cache, "_OPEN_BATCHES", 1)
+    monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 1)
     write(tmp_path / "cache", GOOD, batch_bytes=1, **SIZES)
     found = opd_store.open(tmp_path / "cache")
     list(found.scan(columns=["chosen_ids", "sampled_ids"]))

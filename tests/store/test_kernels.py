@@ -575,6 +575,7 @@ def test_copied_rows(compiled, data):
     types = [("f4", "f4"), ("u4", "u4"), ("u4", "i8"), ("?", "?"), ("f8", "f8"), ("i8", "i8")]
     source_type, type_ = data.draw(st.sampled_from(types))
     width = data.draw(st.sampled_from([None, 1, 3, 8]))
+    is_flat = width is not None and data.draw(st.booleans())
     gap = data.draw(st.sampled_from([0, 2]))
     sizes = data.draw(st.lists(st.integers(0, 7), max_size=5))
     rng = np.random.default_rng(len(sizes))
@@ -593,8 +594,11 @@ def test_copied_rows(compiled, data):
         source = source if width is None else source[:, :width]
         view[at : at + size] = source[first : first + size]
         starts.append(at)
-        firsts.append(first)
-        sources.append(source)
+        skipped = data.draw(st.integers(0, 2)) if is_flat else 0
+        # A flat source may start anywhere, and end in the middle of a row.
+        flat = np.concatenate([np.ones(skipped, source_type), source.reshape(-1), np.ones(1, source_type)])
+        firsts.append(skipped + first * width if is_flat else first)
+        sources.append(flat if is_flat else source)
         at += size
     kernels.copy_rows(dst, starts, sources, np.array(firsts, np.int64), sizes)
     assert whole.tobytes() == expected.tobytes()
@@ -618,7 +622,13 @@ BAD_COPIES = {
     "another size": (FLAT, [0], [FLAT.astype(np.float64)], [0], [1]),
     "narrower": (FLAT.view(np.uint32), [0], [np.zeros(9, np.int64)], [0], [1]),
     "another width": (WIDE, [0], [np.zeros((9, 3), np.float32)], [0], [1]),
-    "another dimension": (WIDE, [0], [FLAT], [0], [1]),
+    "another dimension": (FLAT, [0], [WIDE], [0], [1]),
+    "too short for its rows": (WIDE, [0], [FLAT], [0], [5]),
+    "too short from there": (WIDE, [0], [FLAT], [2], [4]),
+    "flat, before the source": (WIDE, [0], [FLAT], [-1], [1]),
+    "flat, after the source": (WIDE, [0], [FLAT], [10], [0]),
+    "flat with gaps": (WIDE, [0], [np.zeros(18, np.float32)[::2]], [0], [1]),
+    "flat with gaps, narrow": (WIDE[:, :1], [0], [np.zeros(18, np.float32)[::2]], [0], [1]),
     "a good one before": (FLAT, [0, 0], [FLAT + 1, FLAT], [0, 0], [9, 10]),
 }
 

@@ -20,6 +20,8 @@ from opd_store import FormatError, InvalidArgumentError, OpdError
 from opd_store.testing import random_rollout
 from opd_train import CacheLoader, CacheStream, WorkerError
 
+# Python 3.12 and later warn of forks in a process that has threads, as one that ran other tests does.
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 N = 30
 
 
@@ -244,7 +246,17 @@ def test_workers_end_with_their_parent(cache, death):
         "if sys.argv[2] == 'kill': os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, cache.uri, death],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:This process:DeprecationWarning",
+            "-c",
+            code,
+            cache.uri,
+            death,
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -25,6 +25,8 @@ from opd_store.testing import example_meta, random_rollout
 from opd_train import CacheStream
 from opd_train.order import epoch_order
 
+# Python 3.12 and later warn of forks in a process that has threads.
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 N = 23
 
 
