@@ -31,7 +31,6 @@ LOGPROB_LISTS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
 ARRAY_FIELDS = (*TOKEN_LISTS, *RESPONSE_LISTS)
 SUPPORT_FIELDS = tuple(name for fields in SUPPORTS.values() for name in fields if name)
 _ALWAYS = {"token_ids", "prompt_len"}
-_PAGE_HEADER_BYTES = layout.PAGE_HEADER.size
 
 
 class Proven:
@@ -86,6 +85,7 @@ class BatchView:
         self._offsets: dict[str, NDArray[np.int32]] = {}
         self._items: dict[str, NDArray[Any]] = {}
         self._missing: dict[str, NDArray[np.bool_]] = {}
+        self._words: dict[str, tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.int32]]] = {}
         names = set(batch.schema.names)
         self._has_lists = not names.isdisjoint(TOKEN_LISTS)
         for name, kind in (TOKEN_LISTS | RESPONSE_LISTS).items() if self._has_lists else ():
@@ -175,15 +175,22 @@ class BatchView:
         offsets = self._offsets[name]
         return self._items[name][offsets[row] : offsets[row + 1]]
 
-    def list_place(self, name: str, row: int) -> tuple[NDArray[Any], int] | None:
-        """The items of all rows of a list column, and which is the first of this row; None where absent."""
-        if name in self._missing and self._missing[name][row]:
-            return None
-        return self._items[name], int(self._offsets[name][row])
+    def list_items(self, name: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """The items of all rows of a list column, and which is the first of each row."""
+        return self._items[name], self._offsets[name]
 
-    def plain_place(self, name: str, row: int) -> tuple[NDArray[np.uint32], int]:
-        """All `plain` pages of a column as words, and where the body of this row's begins."""
-        return self._items[name].view(np.uint32), (int(self._offsets[name][row]) + _PAGE_HEADER_BYTES) // 4
+    def is_missing(self, name: str, row: int) -> bool:
+        """Whether a row has nothing in a list column."""
+        return name in self._missing and bool(self._missing[name][row])
+
+    def plain_words(self, name: str) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.int32]]:
+        """All `plain` pages of a column as words of either type, and at which byte each row's begins."""
+        found = self._words.get(name)
+        if found is None:
+            data = self._items[name]
+            found = data.view(np.uint32), data.view(np.float32), self._offsets[name]
+            self._words[name] = found
+        return found
 
     def is_proven(self, row: int, ranks: int) -> bool:
         """Whether the first ranks of this row were read before and found possible."""

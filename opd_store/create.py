@@ -46,7 +46,8 @@ def create(
         topk: K, ranks stored at every response position; 0 for a cache of native columns only.
         encoding: how pages are stored: "plain" (mapped as it is), "f32" (every bit), "ladder16" (float16
             values), "ladder/128", "ladder/64" or "ladder/32" (units of 1/128, 1/64, 1/32 nat).
-        bands: ends of the rank bands; None means 8 and 64, cut at `topk`.
+        bands: ends of the rank bands, each fetched and decoded alone; None means 8 and 64, cut at `topk`,
+            and one band for "plain", so that it is mapped without a copy.
         id_table: what ids are coded by. "auto" learns a table from the first 65,536 positions and uses it
             from then on; `plain` pages never have one.
         cut: keep only some of the `topk` ranks at each position; None keeps all.
@@ -69,7 +70,7 @@ def create(
         )
     schema = CacheSchema(
         topk=topk,
-        bands=layout.band_ends(topk) if bands is None else bands,
+        bands=_default_bands(topk, encoding) if bands is None else bands,
         encoding=encoding,
         id_table=_table_policy(encoding, topk, chosen, sampled, id_table),
         cut=cut,
@@ -106,6 +107,10 @@ def create(
             f"meta: {len(empty)} bytes of JSON, the limit is {layout.MAX_MANIFEST_BYTES // 2}"
         )
     return Writer(storage, meta, schema, None, table, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
+
+
+def _default_bands(topk: int, encoding: str) -> tuple[int, ...]:
+    return layout.band_ends(topk) if encoding != "plain" or not topk else (topk,)
 
 
 def _table_policy(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_store import kernels
+from opd_store import kernels, layout
 from opd_store.batch import BatchView
 from opd_store.cache import Cache
 from opd_store.errors import InvalidArgumentError
@@ -53,6 +53,7 @@ FIELDS = (
     "log_tail",
 )
 _LISTS, _TOPK = FIELDS[:4], frozenset(FIELDS[4:])
+_WORD = 4
 Place = tuple[BatchView, int]
 """A rollout: its record batch, and which row of that it is."""
 
@@ -97,12 +98,14 @@ def gather(
     places = cache.locate(wanted, ranks=ranks, columns=columns)
     make = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
     fields: dict[str, Any] = dict.fromkeys(FIELDS)
-    fields["token_ids"] = _joined("token_ids", places, lengths, make)
+    fields["token_ids"] = _joined("token_ids", places, lengths, _starts(lengths), make)
+    starts = _starts(responses)
     for name in _LISTS:
         if name in columns:
-            fields[name] = _joined(name, places, responses, make)
+            fields[name] = _joined(name, places, responses, starts, make)
     if cache.topk and ranks != 0 and not _TOPK.isdisjoint(columns):
-        fields |= _topk(cache.schema, cache.topk if ranks is None else ranks, places, responses, make)
+        wanted_ranks = cache.topk if ranks is None else ranks
+        fields |= _topk(cache.schema, wanted_ranks, places, responses, starts, make)
     return Packed(lengths, responses, **fields)
 
 
@@ -124,37 +127,36 @@ def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _joined(name: str, places: list[Place], counts: NDArray[np.int64], make: Allocate) -> NDArray[Any] | None:
+def _joined(
+    name: str, places: list[Place], counts: NDArray[np.int64], starts: NDArray[np.int64], make: Allocate
+) -> NDArray[Any] | None:
     """The first `counts` items of a list column of every rollout, end to end."""
-    found = [view.list_place(name, row) for view, row in places]
+    missing = [number for number, (view, row) in enumerate(places) if view.is_missing(name, row)]
     is_mask = name == "loss_mask"
-    present = [place for place in found if place is not None]
-    if not present or (len(present) < len(found) and not is_mask):
+    if missing and (len(missing) == len(places) or not is_mask):
         return None
-    starts = _starts(counts)
-    dtype = np.dtype(np.bool_) if is_mask else present[0][0].dtype
-    target = make(name, (int(starts[-1]),), dtype)
+    found = [view.list_items(name) for view, _ in places]
+    items = [source for source, _ in found]
+    target = make(name, (int(starts[-1]),), np.dtype(np.bool_) if is_mask else items[0].dtype)
     into = target.view(np.uint8) if is_mask else target
-    sources, firsts = [], []
-    for place, start, end in zip(found, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        if place is None:
-            into[start:end] = 1
-        else:
-            sources.append(place[0])
-            firsts.append(place[1])
-    if len(present) < len(found):
-        is_there = np.array([place is not None for place in found])
-        kernels.copy_rows(into, starts[:-1][is_there], sources, firsts, counts[is_there])
-    else:
-        kernels.copy_rows(into, starts[:-1], sources, firsts, counts)
+    firsts = [offsets[row] for (_, offsets), (_, row) in zip(found, places, strict=True)]
+    taken = counts.copy()
+    for number in missing:
+        into[starts[number] : starts[number + 1]] = 1
+        taken[number] = 0
+    kernels.copy_rows(into, starts[:-1], items, firsts, taken)
     return target
 
 
 def _topk(
-    schema: CacheSchema, ranks: int, places: list[Place], counts: NDArray[np.int64], make: Allocate
+    schema: CacheSchema,
+    ranks: int,
+    places: list[Place],
+    counts: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    make: Allocate,
 ) -> dict[str, NDArray[Any]]:
     """Ids, log-probs and tails of every rollout, decoded to their places."""
-    starts = _starts(counts)
     n_positions = int(starts[-1])
     ids = make("topk_ids", (n_positions, ranks), np.dtype(np.uint32))
     logprob = make("topk_logprob", (n_positions, ranks), np.dtype(np.float32))
@@ -197,10 +199,10 @@ def _copy_plain(
     """Copy pages that were checked when they were first read: all rollouts of a band at once."""
     for column in bands:
         part = slice(column.rank_start, column.rank_end)
-        found = [view.plain_place(column.name, row) for view, row in places]
-        words = [place[0] for place in found]
-        floats = [place[0].view(np.float32) for place in found]
-        first = np.array([place[1] for place in found])
+        found = [view.plain_words(column.name) for view, _ in places]
+        words, floats = [page[0] for page in found], [page[1] for page in found]
+        pages = np.array([page[2][row] for page, (_, row) in zip(found, places, strict=True)], np.int64)
+        first = (pages + layout.PAGE_HEADER.size) // _WORD
         entries = counts * (column.rank_end - column.rank_start)
         kernels.copy_rows(ids[:, part], starts, words, first, counts)
         kernels.copy_rows(logprob[:, part], starts, floats, first + entries, counts)

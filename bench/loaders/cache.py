@@ -70,6 +70,7 @@ class Reader:
 
     def __init__(self, uri: str, *, ring: bool, check_values: bool = True) -> None:
         self.cache = open_cache(uri, check_values=check_values)
+        self.remote = uri.startswith("s3://")
         self.room: dict[str, NDArray[Any]] | None = {} if ring else None
 
     def __len__(self) -> int:
@@ -88,7 +89,7 @@ class Reader:
         bounds = range(0, len(self.cache), BATCH)
         groups = [range(start, min(start + BATCH, len(self.cache))) for start in bounds]
         for number, rows in enumerate(groups):
-            for ahead in groups[number + 1 : number + 3]:
+            for ahead in groups[number + 1 : number + 3] if self.remote else ():
                 self.cache.prefetch(ahead, ranks=ranks, columns=ARRAYS)
             found = opd_store.gather(
                 self.cache,

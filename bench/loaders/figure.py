@@ -33,6 +33,7 @@ def epoch_bars(bench: Bench, dest: Path, *, data: tuple[str, ...] = ("k16", "k64
         axis.bar_label(bars, [f"{value:.2g}" for value in values], padding=3, fontsize=8)
         axis.set_xscale("log")
         axis.set_xlim(right=3)
+        axis.margins(y=0.01)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"K = {one.removeprefix('k')}", fontsize=10)
         axis.set_xlabel("epoch into tensors, per CPU-second / memmap ring")

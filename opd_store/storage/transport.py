@@ -1,9 +1,8 @@
 """One attempt at one request. Retries, checks and messages are above.
 
 fsspec caches file system objects, listings and blocks; none of that is used, since it may be stale or belong
-to another process. What libraries retry by themselves is switched off, so that attempts do not multiply. What
-stays: aiohttp asks once more where a connection ends before an answer, and huggingface_hub tries listings five
-times.
+to another process. What libraries retry by themselves is switched off, so that attempts do not multiply. Left
+are aiohttp, which asks once more where a connection ends before an answer, and listings of huggingface_hub.
 """
 
 from __future__ import annotations

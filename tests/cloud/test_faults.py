@@ -11,7 +11,7 @@ import threading
 import pytest
 from cloud.contract import local_index
 from cloud.fault_proxy import Fault, FaultProxy
-from cloud.servers import KEY, SECRET, s3_options
+from cloud.servers import KEY, SECRET, RangeHandler, s3_options, web_server
 
 import opd_store
 from opd_store.cache import load_manifest
@@ -168,6 +168,24 @@ def test_no_bucket(moto, seaweedfs):
         for call in (storage.versions, lambda storage=storage: storage.read("manifests/00000001.json", 9)):
             with pytest.raises(opd_store.CacheNotFoundError, match="no such bucket"):
                 call()
+
+
+class UnlistedHandler(RangeHandler):
+    """Says 403 for what is not there, as buckets do that may not be listed."""
+
+    def send_error(self, code: int, *args: object) -> None:
+        super().send_error(403 if code == 404 else code, *args)
+
+
+def test_a_web_server_that_denies_what_is_not_there(local):
+    with web_server(local, UnlistedHandler) as server, FaultProxy(("127.0.0.1", server.port)) as proxy:
+        storage, _ = resolve(proxy.url, retry=QUICK)
+        assert storage.versions() == [1, 2, 3]
+        n_requests = len(proxy.log)
+        for last in range(n_requests):
+            proxy.arm(dict.fromkeys(range(last + 1, 100), Fault.EXPIRED))
+            with pytest.raises(opd_store.StorageError, match="access denied"):
+                storage.versions()
 
 
 def broken_shards(local, tmp_path):

@@ -63,7 +63,7 @@ def test_a_row_is_checked_once_for_each_number_of_ranks(tmp_path, spied):
 
 def test_nothing_is_checked_again_after_a_batch_was_forgotten(tmp_path, spied, monkeypatch):
     monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 1)
-    write(tmp_path / "cache", GOOD, batch_bytes=1, **SIZES)
+    write(tmp_path / "cache", GOOD, batch_bytes=1, bands=(8, 9), **SIZES)
     found = opd_store.open(tmp_path / "cache")
     list(found.scan(columns=["topk_ids"]))
     assert spied == [*NATIVE, "topk 9"] * 4
@@ -77,7 +77,7 @@ def test_nothing_is_checked_again_after_a_batch_was_forgotten(tmp_path, spied, m
 
 def test_nothing_else_is_checked_again_either(tmp_path, spied, monkeypatch):
     monkeypatch.setattr(record_batches, "_OPEN_BATCHES", 1)
-    write(tmp_path / "cache", GOOD, batch_bytes=1, **SIZES)
+    write(tmp_path / "cache", GOOD, batch_bytes=1, bands=(8, 9), **SIZES)
     found = opd_store.open(tmp_path / "cache")
     list(found.scan(columns=["chosen_ids", "sampled_ids"]))
     spied.clear()
@@ -184,7 +184,7 @@ def test_verify_finds_all_of_them(written):
 
 
 def test_a_bad_row_spoils_no_other_row_of_its_batch(tmp_path, monkeypatch):
-    write_unchecked(tmp_path / "cache", [*GOOD[:2], CASES["topk_ids"][0], GOOD[3]], monkeypatch)
+    write_unchecked(tmp_path / "cache", [*GOOD[:2], CASES["topk_ids"][0], GOOD[3]], monkeypatch, bands=(8, 9))
     found = opd_store.open(tmp_path / "cache")
     with pytest.raises(opd_store.FormatError, match="record batch 0, row 2, position 4, column topk_ids"):
         found[2]

@@ -183,7 +183,7 @@ def test_the_description_comes_back(tmp_path):
     assert cache.meta == meta
     assert opd_store.diff_meta(meta, cache.meta) == []
     assert cache.schema == opd_store.CacheSchema(
-        topk=20, bands=(8, 20), encoding="plain", user_columns={"x_a": "utf8", "x_b": "bool"}
+        topk=20, bands=(20,), encoding="plain", user_columns={"x_a": "utf8", "x_b": "bool"}
     )
     assert (cache.topk, cache.encoding, cache.parent, len(cache), list(cache)) == (20, "plain", None, 0, [])
 
