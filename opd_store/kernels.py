@@ -109,7 +109,8 @@ def rows_are_fine(
         may_be_empty: whether a row may have no ids at all.
         limit: what probabilities and tail of a position may sum to.
     """
-    usable = COMPILED and 0 < vocab_size <= MAX_STAMPS and log_tail.dtype == np.float32
+    usable = COMPILED and 0 < vocab_size <= MAX_STAMPS
+    usable = usable and log_tail.dtype == np.float32 and log_tail.flags.aligned
     if not (usable and _is_rows(ids, np.uint32) and _is_rows(logprob, np.float32)):
         return False
     if draws is not None and not _is_rows(draws, np.uint32):
@@ -135,6 +136,8 @@ def copy_rows(
         ValueError: rows outside an array, or arrays of other types or widths. Nothing is copied then.
     """
     dtype, widened = dst.dtype, np.uint32 if dst.dtype == np.int64 else dst.dtype
+    if dtype.hasobject:
+        raise ValueError(f"expected numbers in dst, found {dtype}")
     for number, source in enumerate(sources):
         if source.dtype != dtype and source.dtype != widened:
             raise ValueError(f"source {number}: expected {dtype}, found {source.dtype}")

@@ -77,6 +77,8 @@ class RecordBatches:
         self._known: dict[int, _Known] = {}
         self._batches: OrderedDict[int, _OpenBatch] = OrderedDict()
         self._n_bytes = 0
+        self._making: dict[int, threading.Lock] = {}
+        """Record batches that some thread is making."""
         _ALL.add(self)
 
     def __len__(self) -> int:
@@ -90,23 +92,18 @@ class RecordBatches:
             StorageError: it cannot be read.
         """
         with self._lock:
-            found = self._batches.get(number)
-            if found is not None:
-                self._batches.move_to_end(number)
-        if found is not None and found.parts.issuperset(parts):
-            found.require_whole()
-            return found.view
-        wanted = parts if found is None else tuple(sorted(found.parts.union(parts)))
-        made = self._make(number, wanted)
-        with self._lock:
-            self._forget(number)
-            self._batches[number] = made
-            self._n_bytes += made.n_bytes
-            while len(self._batches) > _OPEN_BATCHES or (
-                self._n_bytes > _FETCHED_BYTES and len(self._batches) > 1
-            ):
-                self._forget(next(iter(self._batches)))
-        return made.view
+            found, missing = self._look_up(number, parts)
+            making = self._making.setdefault(number, threading.Lock()) if missing else None
+        if making is not None:
+            # Of threads that want the same one, one fetches and checks it.
+            with making:
+                with self._lock:
+                    found, missing = self._look_up(number, parts)
+                if missing:
+                    return self._kept(number, missing).view
+        assert found is not None
+        found.require_whole()
+        return found.view
 
     def fresh_view(self, number: int, parts: tuple[int, ...]) -> BatchView:
         """A record batch that is not kept open."""
@@ -114,15 +111,44 @@ class RecordBatches:
 
     def prefetch(self, number: int, parts: tuple[int, ...]) -> None:
         """Start to fetch what `view` will be asked for, and return at once."""
+        if self._storage.is_local:
+            return
+        shard, batch = self._place(number)
+        source = self.shard(shard).source
+        # Under the lock: what `view` takes meanwhile would be fetched once more.
         with self._lock:
-            found = self._batches.get(number)
-        if not self._storage.is_local and (found is None or not found.parts.issuperset(parts)):
-            shard, batch = self._place(number)
-            self.shard(shard).source.prefetch(batch, parts)
+            _, missing = self._look_up(number, parts)
+            if missing and number not in self._making:
+                source.prefetch(batch, missing)
 
     def shard(self, number: int) -> ShardReader:
         """An open shard."""
         return self._open_shard(number)[0]
+
+    def _look_up(self, number: int, parts: tuple[int, ...]) -> tuple[_OpenBatch | None, tuple[int, ...]]:
+        """What is open, and the parts to make it anew with: none if it will do. Needs the lock."""
+        found = self._batches.get(number)
+        if found is None:
+            return None, parts
+        self._batches.move_to_end(number)
+        return found, () if found.parts.issuperset(parts) else tuple(sorted(found.parts.union(parts)))
+
+    def _kept(self, number: int, parts: tuple[int, ...]) -> _OpenBatch:
+        """A record batch made anew, and kept open."""
+        try:
+            made = self._make(number, parts)
+            with self._lock:
+                self._forget(number)
+                self._batches[number] = made
+                self._n_bytes += made.n_bytes
+                while len(self._batches) > _OPEN_BATCHES or (
+                    self._n_bytes > _FETCHED_BYTES and len(self._batches) > 1
+                ):
+                    self._forget(next(iter(self._batches)))
+            return made
+        finally:
+            # What another thread still waits for is open by now; if it is not, that thread makes it.
+            self._making.pop(number, None)
 
     def _forget(self, number: int) -> None:
         found = self._batches.pop(number, None)
@@ -133,7 +159,7 @@ class RecordBatches:
         shard, batch = self._place(number)
         reader, known = self._open_shard(shard)
         first, end = self.first_row[number : number + 2].tolist()
-        proven = known.proven.setdefault(batch, Proven())
+        proven = known.proven.setdefault(batch, Proven(end - first))
         arrow_batch = reader.batch(batch, parts)
         view = BatchView(
             arrow_batch,
@@ -201,7 +227,7 @@ _ALL: weakref.WeakSet[RecordBatches] = weakref.WeakSet()
 def _renew_locks() -> None:
     # Another thread of the parent may have held one at the moment of the fork.
     for batches in _ALL:
-        batches._lock = threading.Lock()
+        batches._lock, batches._making = threading.Lock(), {}
 
 
 os.register_at_fork(after_in_child=_renew_locks)

@@ -81,7 +81,8 @@ class BatchAssembler:
         own = min(cache.meta.vocab_size for cache in caches)
         self._vocab_size = own if vocab_size is None else vocab_size
         self._max_tokens, self._multiple_of = max_tokens, multiple_of
-        self._device_decode = device_decode
+        self.device_decode = device_decode
+        """May be turned off in a copy for another process. Internal to the package."""
         widths = [self._width, *(self._ranks_of(cache) for cache, _ in self._joined)]
         self._response_bytes = sum(map(response_bytes, widths))
         self.pool = BufferPool(pinned=torch.device(device).type == "cuda")
@@ -94,10 +95,10 @@ class BatchAssembler:
             run.cache.prefetch(run.rows.tolist(), ranks=self._cache_ranks(run.cache), columns=columns)
             for cache, mapping in self._joined:
                 theirs = mapping[run.rows]
-                found = theirs[theirs >= 0].tolist()
-                if found:
+                # Otherwise `assemble` will not ask for any.
+                if theirs.min() >= 0:
                     columns = self._joined_columns(cache)
-                    cache.prefetch(found, ranks=self._cache_ranks(cache), columns=columns)
+                    cache.prefetch(theirs.tolist(), ranks=self._cache_ranks(cache), columns=columns)
 
     def assemble(self, source: int | Rows, rows: Sequence[int] | Rows) -> TeacherBatch:
         """Read rollouts into a batch on the CPU.
@@ -117,7 +118,7 @@ class BatchAssembler:
         runs = self._runs(source, rows)
         sizes = [self._sizes(run.cache, run.rows) for run in runs]
         lengths, responses = (np.concatenate(part) for part in zip(*sizes, strict=True))
-        paged = self._device_decode and all(self._has_pages(run.cache) for run in runs)
+        paged = self.device_decode and all(self._has_pages(run.cache) for run in runs)
         topk = (
             pending_topk([(run.cache, run.rows) for run in runs], self._ranks, responses) if paged else None
         )

@@ -42,10 +42,11 @@ class TeacherTargets:
 class TeacherBatch:
     """Rollouts with what the teacher said of them. Optional fields are None if any rollout lacks them.
 
-    T may be padded at its end. To attention, padding is part of the last rollout: it comes after all of its
-    tokens, so that under causal attention no real token sees it, and its positions go on counting. Attention
-    over variable lengths takes `cu_seqlens` as it is; a model with a table of positions needs room for the
-    padding behind the last rollout. No response token, mask or target is padding.
+    T may be padded at its end. In `cu_seqlens` padding is part of the last rollout: it comes after all of its
+    tokens, so that under causal attention no real token sees it. In `position_ids` it counts from 0 again,
+    and once more wherever it would pass the longest rollout: a model that finds out from positions where
+    rollouts begin takes it for rollouts of their own, and none is given a position beyond those it needs.
+    No response token, mask or target is padding.
     """
 
     row_ids: Tensor
@@ -55,7 +56,7 @@ class TeacherBatch:
     input_ids: Tensor
     """[T] int64 prompts and responses, then padding with id 0."""
     position_ids: Tensor
-    """[T] int64, 0 at the first token of each rollout."""
+    """[T] int64, 0 at the first token of each rollout and of padding."""
     cu_seqlens: Tensor
     """[S + 1] int32, first token of each rollout; last T."""
     response_index: Tensor

@@ -91,11 +91,11 @@ class LiveSource:
 
     def state_dict(self) -> dict[str, Any]:
         """How many rollouts were drawn, and from what."""
-        return {"version": 1, "drawn": self._drawn, **self._identity()}
+        return {"version": 1, "drawn": self._drawn, **self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after so many rollouts. Raises MismatchError for the state of another run."""
-        for name, value in self._identity().items():
+        for name, value in self.identity().items():
             if state.get(name) != value:
                 raise MismatchError(
                     f"live state: {name} is {state.get(name)!r:.200}, this run has {value!r:.200}",
@@ -105,7 +105,8 @@ class LiveSource:
                 )
         self._drawn = int(state["drawn"])
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What a state that is loaded has to agree in: teacher, prompts and how they are sampled."""
         prompts = [(prompt.sample_id, prompt.ids.tolist()) for prompt in self._prompts]
         return {
             "teacher": self._teacher.info.weights_digest,

@@ -29,7 +29,7 @@ from opd_train.assemble import BatchAssembler
 from opd_train.batches import TeacherBatch
 from opd_train.plan import Step
 from opd_train.position import State
-from opd_train.stream import PREFETCH_BATCHES, CacheStream, in_shared_memory
+from opd_train.stream import CacheStream, in_shared_memory
 
 _AHEAD = 2
 """Batches a worker is asked for at a time, so that it does not wait for the next order."""
@@ -75,6 +75,10 @@ class CacheLoader:
     the batches that were delivered, and loads into a loader with another number of workers or into a stream.
     Every worker builds up to two batches ahead, in shared memory that has no name and so cannot stay behind.
     This process sends them to the stream's device.
+
+    Every worker fetches what its batches need for itself. A record batch is spread over the batches of a
+    window, so without a `cache_dir` nearly all of a bucket is fetched once by each worker: there, prefer the
+    stream's threads.
     """
 
     def __init__(
@@ -137,14 +141,19 @@ class CacheLoader:
             if not self._order:
                 return None
             worker = self._order[0]
-            batch = self._stream.deliver(worker.asked[0], self._receive(worker))
-            worker.asked.popleft()
+            batch = self._receive(worker)
             self._order.popleft()
+            step = worker.asked.popleft()
             self._ask()
+            # Last, since what fails after a batch was counted would lose it.
+            return self._stream.deliver(step, batch)
         except BaseException:
             self.close()
             raise
-        return batch
+
+    def identity(self) -> dict[str, Any]:
+        """That of the stream."""
+        return self._stream.identity()
 
     def state_dict(self) -> dict[str, Any]:
         """That of the stream; batches built ahead are not part of it."""
@@ -173,10 +182,11 @@ class CacheLoader:
         """Keep every worker busy; batch i is built by worker i modulo their number."""
         if self._steps is None:
             self._steps = self._stream.walk()
-            for _ in range(self._n_workers):
-                self._workers.append(_start(self._context, self._stream.assembler))
+        n_ahead = self._stream.prefetch_batches
         while len(self._order) < _AHEAD * self._n_workers:
-            while len(self._announced) <= PREFETCH_BATCHES and (step := next(self._steps, None)) is not None:
+            while len(self._announced) <= n_ahead and (step := next(self._steps, None)) is not None:
+                while len(self._workers) < self._n_workers:
+                    self._workers.append(_start(self._context, self._stream.assembler))
                 worker = self._workers[self._n_steps % self._n_workers]
                 self._n_steps += 1
                 self._announced.append((worker, step))
@@ -281,6 +291,8 @@ def _work(assembler: BatchAssembler, requests: Connection, replies: Connection) 
     # A parent that is interrupted ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # A copy; what it builds is whole.
+    assembler.device_decode = False
     parent = parent_process()
     assert parent is not None
     while requests in connection.wait([requests, parent.sentinel]):

@@ -7,7 +7,8 @@ entries get their order is written down where it is done:
 1. `epoch_order` draws one permutation of all entries; `place[i]` is where it puts entry i.
 2. `deal` gives every rank its entries and their order. A block order comes from the same function, with
    another purpose.
-3. After a change of world size the entries that nobody consumed are dealt again by the same rules, with the
+3. `opd_train.plan.plan_batches` cuts them into batches; a batch of several caches is then sorted by cache.
+4. After a change of world size the entries that nobody consumed are dealt again by the same rules, with the
    same `place` and block order.
 
 Axes: n = entries of the epoch, m <= n = those still to be dealt, B = blocks, W = ranks.

@@ -36,6 +36,7 @@ class BufferPool:
         self._pinned, self._keep, self._pid = pinned, keep, os.getpid()
         # Operations on a deque are atomic: a lock could be held by the thread that frees a buffer.
         self._free: deque[memoryview] = deque(maxlen=keep)
+        self._inherited: list[deque[memoryview]] = []
         self._size = 0
         self._counted = np.arange(0)
         self.n_made = 0
@@ -50,8 +51,8 @@ class BufferPool:
         tensors of those, keep the buffer from being reused."""
         if self._pid != os.getpid():
             # CUDA does not survive a fork; what it pinned must not even be freed here.
-            self._inherited = self._free
-            self._pid, self._pinned, self._free = os.getpid(), False, deque(maxlen=self._keep)
+            self._inherited.append(self._free)
+            self._pinned, self._free, self._pid = False, deque(maxlen=self._keep), os.getpid()
         slab = None
         while slab is None or len(slab) < n_bytes:
             try:
@@ -65,9 +66,11 @@ class BufferPool:
 
     def counted(self, n: int) -> NDArray[np.int64]:
         """[n] 0, 1, 2, ..., to be read only."""
-        if len(self._counted) < n:
-            self._counted = np.arange(n + n // 4)
-        return self._counted[:n]
+        # Of two threads each may put its own here, and has to go on with that.
+        counted = self._counted
+        if len(counted) < n:
+            counted = self._counted = np.arange(n + n // 4)
+        return counted[:n]
 
     def _make(self, n_bytes: int) -> memoryview:
         if n_bytes > self._size:
@@ -119,11 +122,12 @@ class Packing:
         self.place("cu_responses", (n_rollouts + 1,), np.int32)[:] = self.response_starts
         self._input_ids = self.place("input_ids", (n_all,), np.int64)
         self._input_ids[self.n_tokens :] = 0
-        padded = lengths.copy()
-        padded[-1] += self.n_padding
         counted = pool.counted(n_all)
         positions = self.place("position_ids", (n_all,), np.int64)
-        np.subtract(counted, self.token_starts[:-1].repeat(padded), out=positions)
+        own = positions[: self.n_tokens]
+        np.subtract(counted[: self.n_tokens], self.token_starts[:-1].repeat(lengths), out=own)
+        # None that the student may have no room for, or that would change how it scales its positions.
+        np.remainder(counted[: self.n_padding], lengths.max(), out=positions[self.n_tokens :])
         skipped = self.token_starts[1:] - self.response_starts[1:]
         index = self.place("response_index", (n_responses,), np.int64)
         np.add(counted[:n_responses], skipped.repeat(response_lengths), out=index)

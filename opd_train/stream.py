@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 from collections import deque
@@ -12,6 +13,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -26,6 +28,8 @@ from opd_train.transfer import DeviceFeed
 
 PREFETCH_BATCHES = 8
 """How many batches ahead their bytes are asked for, so that requests to a bucket overlap."""
+PREFETCH_BYTES = 128 << 20
+"""Fewer if they have more bytes: with a window of 256 MiB they do not pass what may be on its way (384 MiB)."""
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -64,6 +68,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
         ranks: int | None = None,
         epochs: int | None = 1,
         device: torch.device | str = "cpu",
+        device_decode: bool = False,
         vocab_size: int | None = None,
         context: int | None = None,
         workers: int = 1,
@@ -84,6 +89,8 @@ class CacheStream(IterableDataset[TeacherBatch]):
             ranks: how many of the cached top-k ranks to read; None means all.
             epochs: passes over the caches; None means without end.
             device: where batches are delivered.
+            device_decode: put packed top-k together on the device, with the same bits, where it can be; see
+                `BatchAssembler`. Worker processes decode by themselves.
             vocab_size: logits of the student, if fewer than the teacher's; every id is proven below it.
             context: longest rollout the student takes; None for no limit.
             workers: threads that build batches ahead, each one batch; 0 builds when asked.
@@ -163,6 +170,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
             multiple_of=multiple_of,
             joined=joined,
             device=self._device,
+            device_decode=device_decode,
         )
         """Builds batches. Internal to the package."""
         self._identity: dict[str, Any] = {
@@ -178,8 +186,10 @@ class CacheStream(IterableDataset[TeacherBatch]):
             "window": window,
             "weights": [str(weight) for weight in exact],
             "rollouts": rollouts.digest,
-            "joined": [cache.digest for cache, _ in joined],
+            "joined": [f"{cache.digest} {_digest_of(rows)}" for cache, rows in joined],
         }
+        self.prefetch_batches = _batches_within(PREFETCH_BYTES, caches, batch_tokens)
+        """How many batches ahead to announce. Internal to the package."""
         self._position = Position()
         self._length: tuple[tuple[int, tuple[Stage, ...]], int] | None = None
         self._reset()
@@ -218,14 +228,14 @@ class CacheStream(IterableDataset[TeacherBatch]):
             self._build_ahead()
             if not self._building:
                 return None
-            step, built = self._building[0]
-            batch = self.deliver(step, built())
+            step, built = self._building.popleft()
+            batch = built()
+            self._build_ahead()
+            # Last, since what fails after a batch was counted would lose it.
+            return self.deliver(step, batch)
         except BaseException:
             self.close()
             raise
-        self._building.popleft()
-        self._build_ahead()
-        return batch
 
     def close(self) -> None:
         """Stop the threads and drop what they built ahead. The stream remains usable, from where it is."""
@@ -233,10 +243,14 @@ class CacheStream(IterableDataset[TeacherBatch]):
             self._executor.shutdown(wait=False, cancel_futures=True)
         self._reset()
 
+    def identity(self) -> dict[str, Any]:
+        """What a state that is loaded has to agree in: everything but rank, world size and position."""
+        return {"version": STATE_VERSION, **self._identity}
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as JSON values; the next batch is not part of it yet."""
         own = {"rank": self._rank, "world_size": self._world_size}
-        return {"version": STATE_VERSION, **self._identity, **own, **self._position.to_json()}
+        return {**self.identity(), **own, **self._position.to_json()}
 
     def load_state_dict(self, state: State | Sequence[State]) -> None:
         """Go on where `state` was taken.
@@ -308,7 +322,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
     def _build_ahead(self) -> None:
         # Threads hold neither this object nor the iterator, so that they end when it is dropped.
         if self._steps is None:
-            self._steps = prefetched(self.walk(), self.assembler)
+            self._steps = _prefetched(self.walk(), self.assembler, self.prefetch_batches)
         while len(self._building) < max(1, self._workers) and (step := next(self._steps, None)) is not None:
             built: Callable[[], TeacherBatch]
             if not self._workers:
@@ -322,22 +336,23 @@ class CacheStream(IterableDataset[TeacherBatch]):
 
     def _share(self, number: int, n_workers: int) -> Iterator[TeacherBatch]:
         """Every `n_workers`-th batch: in a worker of a DataLoader."""
+        # This is a copy, whose batches go to no device.
+        self.assembler.device_decode = False
         begun = self._position.worker is not None
         steps = itertools.islice(self.walk(), n_workers - 1 if begun else number, None, n_workers)
-        for step in prefetched(steps, self.assembler):
+        for step in _prefetched(steps, self.assembler, self.prefetch_batches):
             batch = in_shared_memory(self.assembler.assemble(step.source, step.rows))
             self._move_to(step, (number, n_workers))
             yield batch
 
 
-def prefetched(steps: Iterator[Step], assembler: BatchAssembler) -> Iterator[Step]:
-    """The same steps; each was announced to the assembler `PREFETCH_BATCHES` steps before. Internal to the
-    package."""
+def _prefetched(steps: Iterator[Step], assembler: BatchAssembler, n_ahead: int) -> Iterator[Step]:
+    """The same steps; each was announced to the assembler `n_ahead` steps before."""
     announced: deque[Step] = deque()
     for step in steps:
         assembler.prefetch(step.source, step.rows)
         announced.append(step)
-        if len(announced) > PREFETCH_BATCHES:
+        if len(announced) > n_ahead:
             yield announced.popleft()
     yield from announced
 
@@ -351,6 +366,16 @@ def in_shared_memory(batch: TeacherBatch) -> TeacherBatch:
     shared = torch.empty(0, dtype=torch.uint8).set_(storage)
     shared.copy_(batch.buffer)
     return batch.rebased(shared)
+
+
+def _batches_within(n_bytes: int, caches: Sequence[Cache], batch_tokens: int) -> int:
+    """How many batches have so many bytes, 1..PREFETCH_BATCHES."""
+    per_token = max(cache.n_bytes / max(cache.n_tokens, 1) for cache in caches)
+    return max(1, min(PREFETCH_BATCHES, int(n_bytes / max(per_token * batch_tokens, 1))))
+
+
+def _digest_of(rows: Integers) -> str:
+    return hashlib.sha256(np.asarray(rows).astype("<i8").tobytes()).hexdigest()
 
 
 def _choice(kind: type[_Choice], name: str, value: str) -> _Choice:

@@ -84,6 +84,9 @@ class BatchSource(Protocol):
 
     def next_batch(self) -> TeacherBatch | None: ...
 
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint of another has to agree in, as JSON values."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -139,7 +142,7 @@ class Trainer:
         described = {
             "student": student.info.to_json(),
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "save_every"},
-            "source": source.state_dict(),
+            "source": source.identity(),
         }
         self._provenance = json.loads(json.dumps({**(provenance or {}), **described}, allow_nan=False))
         self.stopwatch = stopwatch or Stopwatch()

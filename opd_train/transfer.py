@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,7 @@ class DeviceFeed:
         self._in_flight: deque[tuple[torch.cuda.Event, TeacherBatch]] = deque()
         if self._cuda:
             self._stream = torch.cuda.Stream(self._device)
-            weakref.finalize(self, _wait_for_all, self._in_flight)
+            weakref.finalize(self, _wait_for_all, self._in_flight, os.getpid())
 
     def send(self, batch: TeacherBatch) -> TeacherBatch:
         """The batch on the device, for use on the current stream. A batch that is there already, and has
@@ -100,8 +101,10 @@ class DeviceFeed:
         return self._decoders[cache.digest]
 
 
-def _wait_for_all(in_flight: deque[tuple[torch.cuda.Event, TeacherBatch]]) -> None:
+def _wait_for_all(in_flight: deque[tuple[torch.cuda.Event, TeacherBatch]], pid: int) -> None:
     """A buffer whose copy is under way stays out of the pool."""
+    if os.getpid() != pid:
+        return  # CUDA does not survive a fork.
     while in_flight:
         in_flight[0][0].synchronize()
         in_flight.popleft()

@@ -841,6 +841,15 @@ def buffer_elsewhere(data: bytes) -> bytes:
     return data[:place] + struct.pack("<qq", buffers[-1][0], n_bytes) + data[place + 16 :]
 
 
+def buffer_unaligned(data: bytes) -> bytes:
+    """The first buffer, which holds nothing, begins 4 bytes later."""
+    ((offset, length),) = arrow_message.record_batches(pa.py_buffer(data))
+    _, buffers, place = buffers_of(data[offset : offset + length])
+    place += offset
+    assert buffers[0] == (0, 0)
+    return data[:place] + struct.pack("<qq", 4, 0) + data[place + 16 :]
+
+
 def buffer_too_many(data: bytes) -> bytes:
     """The list of buffers ends one early."""
     ((offset, length),) = arrow_message.record_batches(pa.py_buffer(data))
@@ -1662,6 +1671,7 @@ for number, part in enumerate(("lists", "first-band", "second-band"), 2):
     for by, where in ((8, "later"), (-8, "earlier")):
         add(f"shard-{part}-{where}", built(cuts=shifted(number, by)), "parts start where the metadata says")
 add("shard-buffer-elsewhere", built(shard=buffer_elsewhere), "a buffer lies in the part of its column")
+add("shard-buffer-unaligned", built(shard=buffer_unaligned), "buffers start at multiples of 8 bytes")
 add("shard-buffers", built(shard=buffer_too_many), "the buffers of the columns")
 add(
     "shard-lengths",

@@ -527,6 +527,7 @@ def check_parts(message: bytes, lengths: list[int], schema: pa.Schema) -> None:
         end = start + length
         for first, size in mine:
             require(start <= first <= first + size <= end, "a buffer outside its part")
+            require(first % 8 == 0, "a buffer that is not aligned")
         start = end
     require(start == len(message), "the last part ends with the record batch")
 
@@ -561,6 +562,7 @@ def read_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> list[dic
         offset, _, _, n_rows = parts[0]
         lengths = [length for _, length, _, _ in parts]
         require(batch.num_rows == n_rows, "rows of a record batch")
+        require(offset % 8 == 0, "a record batch that is not aligned")
         message = data[offset : offset + sum(lengths)]
         try:
             alone = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
@@ -572,6 +574,9 @@ def read_shard(path: Path, entry: dict[str, Any], schema: pa.Schema) -> list[dic
         for name in schema.names:
             if pa.types.is_list(schema.field(name).type):
                 check_null_lists(batch.column(name))
+            if pa.types.is_binary(schema.field(name).type):
+                starts = memoryview(batch.column(name).buffers()[1]).cast("i")[: n_rows + 1]
+                require(not any(start % 8 for start in starts), "a page that is not aligned")
         rows += batch.to_pylist()
     listed = zip(rows, entry["row_tokens"], entry["row_response_tokens"], strict=True)
     for row, length, response in listed:

@@ -59,8 +59,9 @@ class Reader:
         if number not in self.opened:
             file = h5py.File(self.paths[number], "r")
             topk = file["topk_ids"].shape[1]
-            # A cache of two chunks: more would hold a second pass of these small files.
-            file = h5py.File(self.paths[number], "r", rdcc_nbytes=2 * CHUNK * topk * 4)
+            # Two chunks or the library's default: what reads fastest, and too little for all of top-k.
+            cache_bytes = max(1 << 20, 2 * CHUNK * topk * 4)
+            file = h5py.File(self.paths[number], "r", rdcc_nbytes=cache_bytes)
             self.opened[number] = [file[name][:] for name in STARTS], {name: file[name] for name in FIELDS}
         return self.opened[number]
 

@@ -77,7 +77,7 @@ class RemoteStorage:
         file_system_class(address)
         self._address, self._options, self._cache = address, dict(options), cache
         self._retry = retry or Retry()
-        # By process id. What another process made is never used, and not closed either: it owns the sockets.
+        # By process id: what another process made is never used.
         self._processes: dict[int, _Process] = {}
 
     def __repr__(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -23,6 +25,13 @@ T = TypeVar("T")
 _CONCURRENT = 16
 _RANGE_BYTES = 8 << 20
 """Whole files are fetched in ranges of this size."""
+
+
+_made: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+"""Every file system object of this process, by address: those with equal options are equal."""
+_inherited: list[object] = []
+"""Those of the parent of a forked process. Kept for ever: for one that is collected, its library waits a
+second for a thread that is not there."""
 
 
 class Stats:
@@ -59,6 +68,7 @@ class Session:
         self._slots = asyncio.Semaphore(_CONCURRENT)
         self._transport = self._connect()
         self.stats = Stats()
+        _made[id(self._transport.fs)] = self._transport.fs
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine of this object."""
@@ -207,3 +217,11 @@ class Session:
         except Exception as error:
             failure = judge(error, self._secrets)
         raise StorageError(f"{self._address.shown}: cannot use these storage options: {failure.text}")
+
+
+def _keep_inherited() -> None:
+    _inherited.extend(_made.values())
+    _made.clear()
+
+
+os.register_at_fork(after_in_child=_keep_inherited)

@@ -25,6 +25,8 @@ class Transport(Protocol):
     """Requests to one place. All methods raise whatever the library raises, or TransportError."""
 
     can_list: bool
+    fs: Any
+    """The fsspec file system."""
 
     async def prepare(self) -> None:
         """Make the client, where that was not done. Takes a second, so it is no part of an attempt."""
@@ -163,28 +165,28 @@ class _FileSystem:
     can_list = True
 
     def __init__(self, fs: Any, address: Address) -> None:
-        self._fs, self._root = fs, fs._strip_protocol(address.url)
+        self.fs, self._root = fs, fs._strip_protocol(address.url)
 
     async def prepare(self) -> None:
-        if hasattr(self._fs, "set_session"):
-            await self._fs.set_session()
+        if hasattr(self.fs, "set_session"):
+            await self.fs.set_session()
 
     async def get(self, name: str, start: int, end: int) -> bytes:
         return bytes(await self._call("cat_file", f"{self._root}/{name}", start=start, end=end))
 
     async def list(self, directory: str) -> list[str]:
-        self._fs.invalidate_cache()
+        self.fs.invalidate_cache()
         found = await self._call("ls", f"{self._root}/{directory}", detail=False)
         return [str(path).rstrip("/").rpartition("/")[2] for path in found]
 
     async def size(self, name: str) -> int:
-        self._fs.invalidate_cache()
+        self.fs.invalidate_cache()
         return int((await self._call("info", f"{self._root}/{name}"))["size"])
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if self._fs.async_impl:
-            return await getattr(self._fs, f"_{method}")(*args, **kwargs)
-        return await asyncio.to_thread(getattr(self._fs, method), *args, **kwargs)
+        if self.fs.async_impl:
+            return await getattr(self.fs, f"_{method}")(*args, **kwargs)
+        return await asyncio.to_thread(getattr(self.fs, method), *args, **kwargs)
 
 
 class _Hub(_FileSystem):
@@ -200,8 +202,8 @@ class _Hub(_FileSystem):
     def _get(self, path: str, start: int, end: int) -> bytes:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-        headers = {**build_hf_headers(token=self._fs.token), "Range": f"bytes={start}-{end - 1}"}
-        url, timeout = self._fs.url(path), self._retry.attempt_s
+        headers = {**build_hf_headers(token=self.fs.token), "Range": f"bytes={start}-{end - 1}"}
+        url, timeout = self.fs.url(path), self._retry.attempt_s
         response = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=0)
         hf_raise_for_status(response)
         return bytes(response.content)
@@ -213,10 +215,10 @@ class _Http:
     can_list = False
 
     def __init__(self, fs: Any, address: Address, retry: Retry) -> None:
-        self._fs, self._address, self._retry = fs, address, retry
+        self.fs, self._address, self._retry = fs, address, retry
 
     async def prepare(self) -> None:
-        await self._fs.set_session()
+        await self.fs.set_session()
 
     async def get(self, name: str, start: int, end: int) -> bytes:
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
@@ -241,8 +243,8 @@ class _Http:
     async def _open(self, method: str, name: str, headers: dict[str, str]) -> AsyncIterator[Any]:
         import aiohttp
 
-        session = await self._fs.set_session()
-        settings = dict(self._fs.kwargs)
+        session = await self.fs.set_session()
+        settings = dict(self.fs.kwargs)
         settings["headers"] = {**dict(settings.get("headers") or {}), **headers}
         settings["allow_redirects"] = False
         settings.setdefault(
@@ -254,7 +256,7 @@ class _Http:
         query = f"?{self._address.query}" if self._address.query else ""
         url = f"{self._address.url}/{name}{query}"
         for _ in range(_MAX_HOPS):
-            async with session.request(method, self._fs.encode_url(url), **settings) as response:
+            async with session.request(method, self.fs.encode_url(url), **settings) as response:
                 if not 300 <= response.status < 400:
                     if response.status >= 400:
                         raise TransportError(of_status(response.status, response.headers))

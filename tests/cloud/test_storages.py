@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import weakref
+
 import pytest
 from cloud.contract import RemoteContract, StorageContract
 from cloud.servers import Server
@@ -36,6 +40,33 @@ class TestWeb(RemoteContract):
     @pytest.fixture
     def place(self, local, web):
         return web.put(local, "cache"), {}
+
+
+def collect(refs, pipe):
+    gc.collect()
+    pipe.send([ref() is not None for ref in refs])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_closes_nothing_of_its_parent(local, web):
+    """For each file system that is collected in a child, fsspec would wait a second."""
+    address, refs = web.put(local, "cache"), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            storage, _ = resolve(address)
+            storage.versions()
+            refs.append(weakref.ref(storage._process().session._transport.fs))
+        del storage
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=collect, args=(refs, theirs))
+        process.start()
+        assert ours.poll(30)
+        assert ours.recv() == [True] * 3
+        process.join(30)
+    finally:
+        gc.enable()
 
 
 class TestWebWithRedirects(RemoteContract):

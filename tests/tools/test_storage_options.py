@@ -48,12 +48,13 @@ def test_bytes_per_position_by_column(opd, score, tmp_path):
     plain, packed = (inspected(opd, tmp_path / name) for name in ("plain", "packed"))
     sizes = plain["bytes per position"]
     cache = opd_store.open(tmp_path / "plain")
-    # Ids and log-probs of 8 ranks, a tail; a header and an offset for each of the rollouts; padding to 8.
-    expected = 8 * 8 + 4 + (24 + 4) * len(cache) / cache.n_response_tokens
-    assert expected <= sizes["topk_0_8"] <= expected + 8 * len(cache) / cache.n_response_tokens
+    # Ids and log-probs of 12 ranks, a tail; a header and an offset for each of the rollouts; padding to 8.
+    expected = 12 * 8 + 4 + (24 + 4) * len(cache) / cache.n_response_tokens
+    assert expected <= sizes["topk_0_12"] <= expected + 8 * len(cache) / cache.n_response_tokens
     assert sizes["teacher_logprob"] >= 4
     assert sum(sizes.values()) < plain["cache"]["bytes per position"]
-    assert packed["bytes per position"]["topk_0_8"] < sizes["topk_0_8"]
+    in_bands = packed["bytes per position"]
+    assert in_bands["topk_0_8"] + in_bands["topk_8_12"] < sizes["topk_0_12"]
     assert packed["top-k"]["id table"] == "not yet (auto)"
 
 
