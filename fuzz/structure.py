@@ -21,6 +21,7 @@ from opd_store.index import FileRef, encode_shard_table
 from opd_store.manifest import Manifest, encode_manifest
 from opd_store.schema import arrow_schema, part_columns
 from opd_store.shard import Region, ShardInfo, _buffer_widths, file_digest
+from opd_store.storage import LocalStorage
 
 Plane = tuple[bool, bytes]
 """Whether it is said to be a zstd frame, and the payload."""
@@ -227,16 +228,12 @@ class PartialShard:
         pass
 
 
-class MemoryStorage:
-    """What readers need of a `LocalStorage`, without a disk."""
-
-    uri = "memory"
+class MemoryStorage(LocalStorage):
+    """A cache without a disk."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(Path("memory"))
         self.files = files
-
-    def describe(self, name: str) -> str:
-        return f"memory/{name}"
 
     def versions(self) -> list[int]:
         return [1]
@@ -244,7 +241,7 @@ class MemoryStorage:
     def read(self, name: str, limit: int) -> bytes:
         return self.files[name]
 
-    def map(self, name: str) -> pa.Buffer:
+    def map_pages(self, name: str) -> tuple[pa.Buffer, Callable[[], None]]:
         if name not in self.files:
             raise opd_store.IntegrityError(f"memory/{name}: missing, although the manifest names it")
-        return pa.py_buffer(self.files[name])
+        return pa.py_buffer(self.files[name]), lambda: None

@@ -217,7 +217,7 @@ def run_batch(data: bytes) -> None:
         row_response_tokens=parts(variant).info.row_response_tokens,
         vocab_size=corpus.VOCAB,
         id_table=id_table(variant),
-        proven=Proven() if data[1] < 128 else None,
+        proven=Proven(intact.num_rows) if data[1] < 128 else None,
         where="shard",
     )
     use_rows(view, [row])
@@ -250,7 +250,7 @@ def run_message(data: bytes) -> None:
             row_response_tokens=info.row_response_tokens,
             vocab_size=corpus.VOCAB,
             id_table=id_table(variant),
-            proven=Proven(),
+            proven=Proven(info.rows),
             where="shard",
         )
         if ranks is None:

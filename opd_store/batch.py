@@ -98,7 +98,7 @@ class BatchView:
             self._offsets[name] = _offsets(column)
             self._items[name] = _values(column.values, kind.to_pandas_dtype())
             if column.null_count:
-                self._missing[name] = ~np.array(column.is_valid().to_pylist(), bool)
+                self._missing[name] = ~_bits(column.buffers()[0])[: self.n_rows]
         for packed in schema.packed_columns():
             if packed.name not in names:
                 continue

@@ -90,6 +90,19 @@ def load_manifest(storage: LocalStorage | RemoteStorage, pin: str | None = None)
     )
 
 
+def _checked_parts(schema: CacheSchema, ranks: int | None, columns: frozenset[str] | None) -> tuple[int, ...]:
+    if ranks is not None and not 0 <= ranks <= schema.topk:
+        raise InvalidArgumentError(f"ranks: expected 0..{schema.topk} (the stored top-k), found {ranks}")
+    if columns is not None:
+        known = {*SCALARS, *ARRAY_FIELDS, *SUPPORT_FIELDS, *schema.user_columns} - {"rollout_hash"}
+        unknown = sorted(columns - known)
+        if unknown:
+            raise InvalidArgumentError(
+                f"columns: {unknown[0]!r:.100} is not one of {', '.join(sorted(known))}"
+            )
+    return schema.parts(ranks, columns)
+
+
 class Cache(Sequence[Rollout]):
     """One version of a cache, for reading. Rollouts keep the order in which they were appended.
 
@@ -113,17 +126,11 @@ class Cache(Sequence[Rollout]):
         tables = [self._load_shard_table(segment) for segment in manifest.segments]
         self._shards = ShardTable.join(tables, manifest.schema.n_parts)
         self._segment_start = np.cumsum([0, *map(len, tables)])
-        self._batches = RecordBatches(
-            storage,
-            self._shards,
-            manifest.schema,
-            self._arrow,
-            vocab_size=manifest.meta.vocab_size,
-            id_table=lambda: self.id_table,
-            check_values=check_values,
-        )
+        self._batches = RecordBatches(storage, self._shards, manifest, self._arrow, check_values=check_values)
         # Remembered: it would take longer than a row of a `plain` cache.
-        self._known_parts = functools.lru_cache(maxsize=64)(manifest.schema.parts)
+        self._known_parts = functools.lru_cache(maxsize=64)(
+            functools.partial(_checked_parts, manifest.schema)
+        )
         self._tables: dict[int, tuple[RolloutTable, FileWatch | None]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -222,14 +229,14 @@ class Cache(Sequence[Rollout]):
         """[rows] response tokens of every rollout. From the index: no shard is read."""
         return self._shards.row_response_tokens
 
-    @functools.cached_property
+    @property
     def id_table(self) -> IdTable | None:
         """What the ids of packed pages may refer to; None if there is none. Other caches may use it too.
 
         Raises:
             IntegrityError, FormatError: its file is damaged.
         """
-        return self._load_id_table()
+        return self._batches.id_table
 
     def prefetch(
         self, rows: Sequence[int], *, ranks: int | None = None, columns: Collection[str] | None = None
@@ -244,11 +251,10 @@ class Cache(Sequence[Rollout]):
             InvalidArgumentError: more ranks than stored, or an unknown column.
             IntegrityError, FormatError: a shard is damaged.
         """
-        self._check_selection(ranks, columns)
+        parts = self._parts(ranks, columns)
         wanted = np.unique(np.asarray(rows, np.int64))
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
             raise IndexError(f"{self.uri}: rows {wanted[0]} to {wanted[-1]} of {len(self)}")
-        parts = self._parts(ranks, columns)
         for number in np.unique(self._batches.first_row.searchsorted(wanted, side="right") - 1).tolist():
             self._batches.prefetch(number, parts)
 
@@ -276,7 +282,6 @@ class Cache(Sequence[Rollout]):
             InvalidArgumentError: more ranks than stored, or an unknown column.
             IntegrityError, FormatError: the shard is damaged.
         """
-        self._check_selection(ranks, columns)
         batch, row = self._locate(row, self._parts(ranks, columns))
         return batch.rollout(row, ranks=ranks, columns=columns)
 
@@ -289,7 +294,6 @@ class Cache(Sequence[Rollout]):
             InvalidArgumentError: more ranks than stored, or `plain` pages, which have no streams.
             IntegrityError, FormatError: the shard is damaged, or a value is not possible.
         """
-        self._check_selection(ranks, None)
         if self.encoding == "plain":
             raise InvalidArgumentError(f"{self.uri}: plain pages have no streams")
         batch, row = self._locate(row, self._parts(ranks, ("topk_ids",)))
@@ -313,10 +317,11 @@ class Cache(Sequence[Rollout]):
 
     def scan(self, *, ranks: int | None = None, columns: Collection[str] | None = None) -> Iterator[Rollout]:
         """All rollouts in order. Arguments and errors as for `rollout`."""
-        self._check_selection(ranks, columns)
         parts = self._parts(ranks, columns)
         for number in range(len(self.batch_rows)):
             batch = self._batches.view(number, parts)
+            first, end = self._batches.first_row[number : number + 2]
+            self._batches.note_read(int(self.row_tokens[first:end].sum()))
             for row in range(batch.n_rows):
                 yield batch.rollout(row, ranks=ranks, columns=columns)
 
@@ -386,19 +391,8 @@ class Cache(Sequence[Rollout]):
             selected = (self.rollout(row, ranks=ranks, columns=columns) for row in rows)
         return rollouts_to_arrow(selected, self.schema, columns)
 
-    def _check_selection(self, ranks: int | None, columns: Collection[str] | None) -> None:
-        if ranks is not None and not 0 <= ranks <= self.topk:
-            raise InvalidArgumentError(f"ranks: expected 0..{self.topk} (the stored top-k), found {ranks}")
-        if columns is not None:
-            known = {*SCALARS, *ARRAY_FIELDS, *SUPPORT_FIELDS, *self.schema.user_columns} - {"rollout_hash"}
-            unknown = sorted(set(columns) - known)
-            if unknown:
-                raise InvalidArgumentError(
-                    f"columns: {unknown[0]!r:.100} is not one of {', '.join(sorted(known))}"
-                )
-
     def _parts(self, ranks: int | None, columns: Collection[str] | None) -> tuple[int, ...]:
-        """What `CacheSchema.parts` says."""
+        """What `CacheSchema.parts` says. Raises InvalidArgumentError for a selection that cannot be."""
         return self._known_parts(ranks, None if columns is None else frozenset(columns))
 
     def locate(
@@ -409,6 +403,7 @@ class Cache(Sequence[Rollout]):
         numbers = self._batches.first_row.searchsorted(rows, side="right") - 1
         inside = (rows - self._batches.first_row[numbers]).tolist()
         views = {number: self._batches.view(number, parts) for number in dict.fromkeys(numbers.tolist())}
+        self._batches.note_read(int(self.row_tokens[rows].sum()))
         return [(views[number], row) for number, row in zip(numbers.tolist(), inside, strict=True)]
 
     def _locate(self, row: int, parts: tuple[int, ...]) -> tuple[BatchView, int]:
@@ -417,6 +412,7 @@ class Cache(Sequence[Rollout]):
             raise IndexError(f"{self.uri}: row {row} of {n_rows}")
         row %= n_rows
         number = int(self._batches.first_row.searchsorted(row, side="right")) - 1
+        self._batches.note_read(int(self.row_tokens[row]))
         return self._batches.view(number, parts), row - int(self._batches.first_row[number])
 
     def shard_reader(self, number: int) -> ShardReader:
@@ -458,14 +454,6 @@ class Cache(Sequence[Rollout]):
         if sums != [segment.n_shards, segment.rows, segment.tokens, segment.response_tokens, segment.n_bytes]:
             raise IntegrityError(f"{where}: its counts {sums} are not those of the manifest")
         return shards
-
-    def _load_id_table(self) -> IdTable | None:
-        ref = self._manifest.id_table
-        if ref is None:
-            return None
-        where = self._storage.describe(ref.path)
-        data = np.frombuffer(self._load(ref).to_pybytes(), np.uint8)
-        return IdTable.from_bytes(data, vocab_size=self.meta.vocab_size, where=where)
 
     def _load(self, ref: FileRef) -> pa.Buffer:
         return self._storage.load(ref.path, ref.n_bytes, ref.sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -17,7 +18,7 @@ from opd_store import layout
 from opd_store.batch import BatchView, Proven
 from opd_store.encodings import IdTable
 from opd_store.index import ShardTable
-from opd_store.schema import CacheSchema
+from opd_store.manifest import Manifest
 from opd_store.shard import MappedShard, Proof, ShardReader, ShardSource
 from opd_store.storage import LocalStorage, RemoteStorage
 from opd_store.watch import FileWatch
@@ -25,7 +26,10 @@ from opd_store.watch import FileWatch
 _OPEN_BATCHES = 4096
 """Record batches kept parsed. Each costs a few kilobytes; mapped data stays in the page cache."""
 _FETCHED_BYTES = 512 << 20
-"""Most bytes of record batches kept in memory, where they cannot be mapped."""
+"""Most bytes of fetched record batches that are kept open, in memory or mapped from the disk cache."""
+_RESIDENT_BYTES = 256 << 20
+"""How much is read from mapped shards before their pages are given back, so that a process's memory does not
+grow with the cache."""
 _OPEN_SHARDS = 512
 """Shards kept mapped or connected."""
 
@@ -46,6 +50,7 @@ class _OpenBatch:
     n_bytes: int
     """That it keeps in memory."""
     require_whole: Callable[[], None]
+    let_go: Callable[[], None]
 
 
 class RecordBatches:
@@ -55,31 +60,44 @@ class RecordBatches:
         self,
         storage: LocalStorage | RemoteStorage,
         shards: ShardTable,
-        schema: CacheSchema,
+        manifest: Manifest,
         arrow: pa.Schema,
         *,
-        vocab_size: int,
-        id_table: Callable[[], IdTable | None],
         check_values: bool,
     ) -> None:
         """
         Args:
             arrow: the schema of the shards.
-            id_table: called when the first page is needed.
             check_values: as for `opd_store.open`.
         """
-        self._storage, self._shards, self._schema, self._arrow = storage, shards, schema, arrow
-        self._vocab_size, self._id_table, self._check_values = vocab_size, id_table, check_values
+        self._storage, self._shards, self._manifest, self._arrow = storage, shards, manifest, arrow
+        self._check_values = check_values
         self.first_row: NDArray[np.int64] = np.concatenate([[0], np.cumsum(shards.batch_rows)])
         """[B + 1] first row of every record batch; last the number of rows."""
         self._lock = threading.Lock()
         self._open: OrderedDict[int, tuple[ShardReader, _Known]] = OrderedDict()
         self._known: dict[int, _Known] = {}
         self._batches: OrderedDict[int, _OpenBatch] = OrderedDict()
-        self._n_bytes = 0
+        self._n_bytes = self._n_read = 0
+        self._bytes_per_token = shards.total("n_bytes") / max(shards.total("tokens"), 1)
+        self._is_large = shards.total("n_bytes") > _RESIDENT_BYTES
         self._making: dict[int, threading.Lock] = {}
         """Record batches that some thread is making."""
         _ALL.add(self)
+
+    @functools.cached_property
+    def id_table(self) -> IdTable | None:
+        """What pages may refer to; loaded for the first page."""
+        ref = self._manifest.id_table
+        if ref is None:
+            return None
+        # A copy: it is used as long as the cache is open, whatever becomes of the file.
+        data = self._storage.load(ref.path, ref.n_bytes, ref.sha256).to_pybytes()
+        return IdTable.from_bytes(
+            np.frombuffer(data, np.uint8),
+            vocab_size=self._manifest.meta.vocab_size,
+            where=self._storage.describe(ref.path),
+        )
 
     def __len__(self) -> int:
         return len(self._shards.batch_rows)
@@ -120,6 +138,18 @@ class RecordBatches:
             _, missing = self._look_up(number, parts)
             if missing and number not in self._making:
                 source.prefetch(batch, missing)
+
+    def note_read(self, n_tokens: int) -> None:
+        """Count what was read, and give mapped pages back now and then."""
+        if not self._is_large:
+            return
+        self._n_read += int(n_tokens * self._bytes_per_token)
+        if self._n_read > _RESIDENT_BYTES:
+            with self._lock:
+                self._n_read = 0
+                opened = list(self._batches.values())
+            for let_go in {found.let_go for found in opened}:
+                let_go()
 
     def shard(self, number: int) -> ShardReader:
         """An open shard."""
@@ -163,19 +193,20 @@ class RecordBatches:
         arrow_batch = reader.batch(batch, parts)
         view = BatchView(
             arrow_batch,
-            self._schema,
+            self._manifest.schema,
             row_tokens=self._shards.row_tokens[first:end],
             row_response_tokens=self._shards.row_response_tokens[first:end],
-            vocab_size=self._vocab_size,
-            id_table=self._id_table() if parts[-1] >= layout.NATIVE_PARTS else None,
+            vocab_size=self._manifest.meta.vocab_size,
+            id_table=self.id_table if parts[-1] >= layout.NATIVE_PARTS else None,
             proven=proven if self._check_values else None,
             where=f"{reader.uri}, record batch {batch}",
         )
         source = reader.source
         if isinstance(source, MappedShard):
-            return _OpenBatch(view, frozenset(parts), 0, source.require_whole)
-        is_mapped = isinstance(self._storage, LocalStorage) or self._storage.is_mapped
-        return _OpenBatch(view, frozenset(parts), 0 if is_mapped else arrow_batch.nbytes, _nothing)
+            # Its checksum was compared, if it is new, which reads all of it.
+            self._n_read += arrow_batch.nbytes
+            return _OpenBatch(view, frozenset(parts), 0, source.require_whole, source.let_go)
+        return _OpenBatch(view, frozenset(parts), arrow_batch.nbytes, _nothing, _nothing)
 
     def _place(self, number: int) -> tuple[int, int]:
         """Shard of a record batch, and which of its record batches it is."""
@@ -192,11 +223,11 @@ class RecordBatches:
         uri = self._storage.describe(info.path)
         source: ShardSource
         if isinstance(self._storage, LocalStorage):
-            buffer = self._storage.map(info.path)
+            buffer, let_go = self._storage.map_pages(info.path)
             watch = FileWatch(uri, buffer.size)
             known = self._remembered(number, watch.identity)
             source = MappedShard(
-                buffer, info, self._arrow, uri=uri, current_size=watch.size, proof=known.proof
+                buffer, info, self._arrow, uri=uri, current_size=watch.size, proof=known.proof, let_go=let_go
             )
         else:
             known = self._remembered(number, info.sha256)

@@ -117,6 +117,7 @@ class MappedShard:
         uri: str,
         current_size: Callable[[], int] | None = None,
         proof: Proof | None = None,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         """Check size, schema and footer.
 
@@ -125,13 +126,14 @@ class MappedShard:
             schema: what the manifest says it holds.
             current_size: how many bytes the mapped file has now; None where nobody can cut it.
             proof: what was checked before, and where to note what is checked from now on.
+            let_go: takes what was read of the mapped file out of this process's memory.
 
         Raises:
             IntegrityError: the file is not the one the index describes.
             FormatError: intact, but with another schema.
         """
         self._buffer, self._info, self.uri = buffer, info, uri
-        self._current_size = current_size
+        self._current_size, self.let_go = current_size, let_go
         self._proof = Proof() if proof is None else proof
         if buffer.size != info.n_bytes:
             raise IntegrityError(
@@ -295,7 +297,7 @@ def require_no_nulls(batch: pa.RecordBatch) -> None:
     """Raise ValueError where a column or list declared without nulls has some; Arrow does not look."""
     for declared, column in zip(batch.schema, batch.columns, strict=True):
         nulls = 0 if declared.nullable else column.null_count
-        if pa.types.is_list(column.type):
+        if column.type.id == _LIST:
             nulls += column.values.null_count
         if nulls:
             raise ValueError(f"column {declared.name} has {nulls} nulls, but is declared without")
@@ -303,25 +305,28 @@ def require_no_nulls(batch: pa.RecordBatch) -> None:
 
 def require_in_place(batch: pa.RecordBatch, view: pa.Buffer) -> None:
     """Raise ValueError where Arrow had to make a copy, and where a buffer has half an item at its end."""
-    for declared, column in zip(batch.schema, batch.columns, strict=True):
+    start, end = view.address, view.address + view.size
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
         for buffer, width in zip(column.buffers(), _buffer_widths(column.type), strict=True):
-            if buffer is None or not buffer.size:
+            size = 0 if buffer is None else buffer.size
+            if not size:
                 continue
-            if not view.address <= buffer.address <= view.address + view.size - buffer.size:
-                raise ValueError(f"column {declared.name} is compressed or big-endian")
-            if buffer.size % width:
-                raise ValueError(f"column {declared.name} has {buffer.size} bytes of {width}-byte items")
+            if not start <= buffer.address <= end - size:
+                raise ValueError(f"column {name} is compressed or big-endian")
+            if size % width:
+                raise ValueError(f"column {name} has {size} bytes of {width}-byte items")
 
 
-def _buffer_widths(kind: pa.DataType) -> list[int]:
+_WIDTHS = {pa.string().id: (1, 4, 1), pa.binary().id: (1, 4, 1), pa.binary(1).id: (1, 1)}
+_LIST = pa.list_(pa.null()).id
+
+
+def _buffer_widths(kind: pa.DataType) -> tuple[int, ...]:
     """Bytes of an item of each buffer of a column: validity, offsets or values, and what a list holds."""
-    if pa.types.is_list(kind):
-        return [1, 4, *_buffer_widths(kind.value_type)]
-    if pa.types.is_binary(kind) or pa.types.is_string(kind):
-        return [1, 4, 1]
-    if pa.types.is_fixed_size_binary(kind):
-        return [1, 1]
-    return [1, max(kind.bit_width // 8, 1)]
+    number = kind.id
+    if number == _LIST:
+        return (1, 4, *_buffer_widths(kind.value_type))
+    return _WIDTHS.get(number) or (1, max(kind.bit_width // 8, 1))
 
 
 def file_digest(buffer: Buffer) -> bytes:

@@ -29,7 +29,7 @@ from opd_train.transfer import DeviceFeed
 PREFETCH_BATCHES = 8
 """How many batches ahead their bytes are asked for, so that requests to a bucket overlap."""
 PREFETCH_BYTES = 128 << 20
-"""Fewer if they have more bytes: with a window of 256 MiB they do not pass what may be on its way (384 MiB)."""
+"""Fewer if they have more bytes, so that with a window of 256 MiB no request is dropped (at 384 MiB)."""
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -206,7 +206,10 @@ class CacheStream(IterableDataset[TeacherBatch]):
             self.close()
 
     def __len__(self) -> int:
-        """Batches of this rank in the present epoch, or in what a change of world size left of it."""
+        """Batches of this rank in the present epoch, or in what a change of world size left of it.
+
+        With `epochs` above 1 an iteration gives more; a DataLoader that was asked for its length warns then.
+        """
         key = self._position.epoch, self._position.stages
         if self._length is None or self._length[0] != key:
             plan = self._planner.plan(key[0], self._world_size, key[1])

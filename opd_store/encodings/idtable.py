@@ -32,6 +32,7 @@ _SMOOTHING = 8
 # Bits of a code, times ten: measured lengths, close to 4 + 0.6 log2(code + 4), and 16.5 for an escape.
 _CODE_COST = np.rint(10 * np.append(4 + 0.6 * np.log2(np.arange(LIST_LENGTH) + 4.0), 16.5)).astype(np.uint8)
 _CHUNK_BYTES = 1 << 24
+_LISTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,11 +148,19 @@ class IdTable:
         seen[by_rank] = True
         if not seen.all():
             raise FormatError(f"{where}: the frequency order does not name every id once")
-        lists = by_rank[ranks].reshape(n_lists, LIST_LENGTH)
-        in_order = np.sort(lists, axis=1)
-        if (in_order[:, 1:] == in_order[:, :-1]).any():
-            raise FormatError(f"{where}: a list names an id twice")
-        return cls(by_rank, lists, data.tobytes())
+        # In parts, since memory that was not used before takes longer than all of this.
+        padded = np.zeros((n_lists, LIST_LENGTH + 1), np.uint32)
+        for start in range(0, n_lists, _LISTS_AT_ONCE):
+            part = slice(start * LIST_LENGTH, (start + _LISTS_AT_ONCE) * LIST_LENGTH)
+            # All ranks are below V, and "clip" spares numpy the search for one that is not.
+            lists = by_rank.take(ranks[part], mode="clip").reshape(-1, LIST_LENGTH)
+            padded[start : start + _LISTS_AT_ONCE, :LIST_LENGTH] = lists
+            lists.sort(axis=1)
+            if (lists[:, 1:] == lists[:, :-1]).any():
+                raise FormatError(f"{where}: a list names an id twice")
+        table = cls(by_rank, padded[:, :LIST_LENGTH], data.tobytes())
+        table.__dict__["padded_lists"] = padded.reshape(-1)
+        return table
 
 
 def build_id_table(

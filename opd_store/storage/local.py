@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import mmap
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -99,17 +100,28 @@ class LocalStorage:
         """A whole file, memory-mapped.
 
         Raises:
-            IntegrityError: the file is missing or empty although a manifest names it.
+            IntegrityError: the file is missing although a manifest names it.
+        """
+        return self.map_pages(name)[0]
+
+    def map_pages(self, name: str) -> tuple[pa.Buffer, Callable[[], None]]:
+        """Like `map`, and what takes the pages that were read out of this process's memory again.
+
+        They stay in the system's cache, and come back when they are read.
         """
         path = self.root / name
         try:
-            return pa.memory_map(str(path)).read_buffer()
+            with path.open("rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    return pa.py_buffer(b""), _nothing
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError as error:
             raise IntegrityError(
                 f"{path}: missing, although the manifest names it. Fetch it again.", uri=str(path)
             ) from error
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError) as error:
             raise StorageError(f"{path}: cannot map: {error}", filename=str(path)) from error
+        return pa.py_buffer(mapped), lambda: mapped.madvise(mmap.MADV_DONTNEED)
 
     def load(self, name: str, n_bytes: int, sha256: bytes) -> pa.Buffer:
         """A whole file, memory-mapped and compared with its digest.
@@ -200,6 +212,10 @@ class TempFile:
             self._path.unlink()
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _make_directory(path: Path) -> None:

@@ -92,11 +92,6 @@ class RemoteStorage:
         return self._address.shown
 
     @property
-    def is_mapped(self) -> bool:
-        """Whether what was fetched is mapped from the disk cache, and takes no memory of its own."""
-        return self._cache is not None
-
-    @property
     def stats(self) -> Stats:
         """Requests and bytes of this process."""
         return self._process().session.stats

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import opd_store
 from fuzz.structure import pieces_of, seal_cache
+from opd_store import arrow_message
 from opd_store.arrow_message import check_record_batch, record_batches
 
 SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.binary())])
@@ -204,3 +205,53 @@ def test_half_an_item_at_the_end_of_a_buffer(intact, tmp_path):
             except opd_store.FormatError as error:
                 refused += "-byte items" in str(error)
     assert refused >= 2
+
+
+def with_pages_at(message: bytes, by: int, slack: int) -> bytes:
+    """The last column, of pages, with its values `by` bytes further on, and `slack` bytes after them."""
+    body = 8 + struct.unpack_from("<i", message, 4)[0]
+    batch = arrow_message._Table.root(message[8:body]).table(arrow_message._MESSAGE_HEADER)
+    (at, n_ends), (start, length) = batch.structs(arrow_message._BATCH_BUFFERS, arrow_message._BUFFER)[-2:]
+    ends = np.frombuffer(message[body + at : body + at + n_ends], np.int32) + np.int32(by)
+    values = bytes(by) + message[body + start : body + start + length] + bytes(slack)
+    values += bytes(-len(values) % 8)
+    metadata = message[:body]
+    for old, new in (
+        (struct.pack("<qq", start, length), struct.pack("<qq", start, by + length + slack)),
+        (struct.pack("<q", len(message) - body), struct.pack("<q", start + len(values))),
+    ):
+        assert metadata.count(old) == 1
+        metadata = metadata.replace(old, new)
+    return (
+        metadata
+        + message[body : body + at]
+        + ends.tobytes()
+        + message[body + at + n_ends :][: start - at - n_ends]
+        + values
+    )
+
+
+@pytest.mark.parametrize("slack", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("by", [0, 1, 2, 4, 8])
+def test_pages_that_are_not_aligned(intact, tmp_path, by, slack):
+    """`gather` reads pages as words: what it cannot read as such is refused, and no other page is read."""
+    head, message, footer = pieces_of(intact)
+    seal_cache(tmp_path / "cache", intact, pieces=[head, with_pages_at(message, by, slack), footer])
+    expected = opd_store.gather(opd_store.open(intact), [0, 1])
+    cache = opd_store.open(tmp_path / "cache")
+    for _ in range(2):  # The second time, as proven before.
+        if by % 8:
+            with pytest.raises(opd_store.FormatError, match=r"a page that is not aligned"):
+                opd_store.gather(cache, [0, 1])
+            continue
+        found = opd_store.gather(cache, [0, 1])
+        assert found.topk_ids.tolist() == expected.topk_ids.tolist()
+        assert found.topk_logprob.tolist() == expected.topk_logprob.tolist()
+        assert found.log_tail.tolist() == expected.log_tail.tolist()
+
+
+def test_record_batches_that_are_not_aligned(intact, tmp_path):
+    head, message, footer = pieces_of(intact)
+    seal_cache(tmp_path / "cache", intact, pieces=[head + bytes(4), message, footer])
+    with pytest.raises(opd_store.FormatError, match=r"a record batch is not aligned"):
+        opd_store.open(tmp_path / "cache")

@@ -114,7 +114,9 @@ def test_columns_of_an_empty_cache(tmp_path):
 
 def test_lengths_come_from_the_index(path, monkeypatch):
     values = list(opd_store.open(path))
-    monkeypatch.setattr(record_batches.LocalStorage, "map", guarded(record_batches.LocalStorage.map))
+    monkeypatch.setattr(
+        record_batches.LocalStorage, "map_pages", guarded(record_batches.LocalStorage.map_pages)
+    )
     cache = opd_store.open(path)
     assert cache.row_tokens.tolist() == [len(value.token_ids) for value in values]
     assert cache.row_response_tokens.tolist() == [value.response_len for value in values]
@@ -188,7 +190,9 @@ def test_closed_shards_stay_proven(many, monkeypatch):
 
     monkeypatch.setattr(shard_module, "crc32c", counted("crc", shard_module.crc32c))
     monkeypatch.setattr(shard_module, "require_in_place", counted("parse", shard_module.require_in_place))
-    monkeypatch.setattr(record_batches.LocalStorage, "map", counted("map", record_batches.LocalStorage.map))
+    monkeypatch.setattr(
+        record_batches.LocalStorage, "map_pages", counted("map", record_batches.LocalStorage.map_pages)
+    )
     cache = opd_store.open(path)
     for _ in range(3):
         for found, value in zip(cache, values, strict=True):

@@ -535,6 +535,9 @@ def test_rows_that_c_leaves_to_numpy():
         Band(band.ids, band.logprob, band.log_tail, band.ids.astype(np.int64)),
     ):
         assert not fine("topk", other)
+    unaligned = np.frombuffer(b"." + band.log_tail.tobytes(), np.uint8)[1:].view(np.float32)
+    assert not fine("topk", Band(band.ids, band.logprob, unaligned))
+    assert problem("topk", Band(band.ids, band.logprob, unaligned)) is None
     assert not fine("topk", band, vocab_size=kernels.MAX_STAMPS + 1)
     wide = [np.full((4, 30), 7, a.dtype) for a in (band.ids, band.logprob)]
     for whole, part in zip(wide, (band.ids, band.logprob), strict=True):
@@ -629,6 +632,7 @@ BAD_COPIES = {
     "flat, after the source": (WIDE, [0], [FLAT], [10], [0]),
     "flat with gaps": (WIDE, [0], [np.zeros(18, np.float32)[::2]], [0], [1]),
     "flat with gaps, narrow": (WIDE[:, :1], [0], [np.zeros(18, np.float32)[::2]], [0], [1]),
+    "objects": (np.zeros(2, object), [0], [np.zeros(2, object)], [0], [2]),
     "a good one before": (FLAT, [0, 0], [FLAT + 1, FLAT], [0, 0], [9, 10]),
 }
 

@@ -58,6 +58,10 @@ class Listed:
         self._next += 5
         return collate([self._rollouts[row] for row in rows], vocab_size=VOCAB, row_ids=rows)
 
+    def identity(self) -> dict[str, Any]:
+        """Not compared in these runs."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Not saved in these runs."""
         return {}

@@ -127,16 +127,16 @@ def test_what_is_not_in_the_buffer_moves_too(rollouts):
     assert same(loose.to("cpu"), mixed)
 
 
-@pytest.mark.parametrize("multiple_of", [1, 7, 64])
+@pytest.mark.parametrize("multiple_of", [1, 7, 64, 500])
 def test_padding_is_behind_the_last_rollout(rollouts, multiple_of):
     plain, batch = (collate(rollouts, vocab_size=VOCAB, multiple_of=n) for n in (1, multiple_of))
     assert batch.n_padded_tokens % multiple_of == 0
     assert batch.n_padding == batch.n_padded_tokens - plain.n_tokens < multiple_of
     assert batch.n_tokens == plain.n_tokens == plain.n_padded_tokens
     assert batch.input_ids.tolist() == plain.input_ids.tolist() + [0] * batch.n_padding
-    last = len(rollouts[-1].token_ids)
-    going_on = list(range(last, last + batch.n_padding))
-    assert batch.position_ids.tolist() == plain.position_ids.tolist() + going_on
+    longest = max(len(rollout.token_ids) for rollout in rollouts)
+    positions = [at % longest for at in range(batch.n_padding)]
+    assert batch.position_ids.tolist() == plain.position_ids.tolist() + positions
     assert batch.cu_seqlens[:-1].tolist() == plain.cu_seqlens[:-1].tolist()
     assert batch.cu_seqlens[-1] == batch.n_padded_tokens
     assert batch.lengths.tolist() == plain.lengths.tolist() == [len(r.token_ids) for r in rollouts]

@@ -168,6 +168,27 @@ def test_a_worker_killed_while_it_is_idle(cache):
         list(iter(made.next_batch, None))
 
 
+def test_a_batch_that_was_ready_is_not_lost_with_another_worker(cache):
+    expected = rows(stream(cache, epochs=3))
+    made = loader(cache, workers=3, epochs=3)
+    found = [made.next_batch().row_ids.tolist()]
+    for worker in made._workers:
+        # The next batch is there; the one after is asked of a worker that is dead.
+        if worker is not made._order[0]:
+            worker.process.kill()
+            worker.process.join()
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        found.extend(batch.row_ids.tolist() for batch in iter(made.next_batch, None))
+    assert found + rows(made) == expected
+
+
+def test_at_the_end_no_worker_is_started(cache):
+    made = loader(cache)
+    list(made)
+    assert made.next_batch() is None
+    assert not made._workers
+
+
 def test_a_worker_that_hangs(cache):
     expected = rows(stream(cache))
 

@@ -219,6 +219,16 @@ def test_copies_of_a_rollout_are_not_neighbours():
     assert np.mean(apart) > 200
 
 
+def test_a_batch_has_the_caches_in_turn():
+    made = planner(60, weights=(1, 1, 1), caches=3, shuffle="global")
+    plan = made.plan(0, 2)
+    steps = made.walk(1, 2, epoch=0, index=0, epochs=1, stages=())
+    for step in steps:
+        planned = plan.batch(1, step.number)
+        assert step.rows.tolist() == sorted(planned, key=lambda rollout: made.rollouts.source[rollout])
+        assert step.source.tolist() == sorted(made.rollouts.source[planned])
+
+
 def test_parts_of_two_caches_are_drawn_apart():
     made = planner(60, weights=(0.5, 0.5), caches=2)
     halves = [sorted(orders(made.plan(epoch, 1))[0]) for epoch in (0, 1)]

@@ -11,7 +11,10 @@ import threading
 import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -22,7 +25,7 @@ from train.tiny_models import random_rollouts, scored_cache
 import opd_store
 from opd_store import FormatError, InvalidArgumentError, InvalidRolloutError, MismatchError
 from opd_store.testing import example_meta, random_rollout
-from opd_train import CacheStream
+from opd_train import CacheLoader, CacheStream
 from opd_train.order import epoch_order
 
 # Python 3.12 and later warn of forks in a process that has threads.
@@ -513,6 +516,24 @@ def test_few_batches_are_alive(blocks):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_not_lost_where_the_next_cannot_be_announced(blocks, workers):
+    expected = rows(stream(blocks))
+    reader = watched(blocks, workers=workers)
+    inner, found, fails = reader.assembler.prefetch, [], iter([True])
+
+    def prefetch(source, rows):
+        if rows.tolist() == expected[12] and next(fails, False):
+            raise OSError("no connection")
+        inner(source, rows)
+
+    reader.assembler.prefetch = prefetch
+    with pytest.raises(OSError, match="no connection"):
+        found.extend(batch.row_ids.tolist() for batch in iter(reader.next_batch, None))
+    assert reader.state_dict()["batches"] == len(found) > 0
+    assert found + rows(reader) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_comes_at_its_place_and_the_batch_can_be_tried_again(blocks, workers):
     expected = rows(stream(blocks))
     reader = watched(blocks, fail_row=expected[3][1], workers=workers)
@@ -720,6 +741,86 @@ def test_batches_are_padded_within_their_limit(blocks, multiple):
         assert len(batch.input_ids) <= 50
         seen += batch.row_ids.tolist()
     assert sorted(seen) == list(range(40))
+
+
+def test_no_position_is_beyond_the_context(blocks):
+    context = int(blocks.row_tokens.max())
+    for batch in stream(blocks, batch_tokens=300, multiple_of=100, context=context):
+        assert batch.position_ids.max() < context
+
+
+def test_fewer_batches_are_announced_where_they_are_large(blocks, monkeypatch):
+    assert stream(blocks).prefetch_batches == 8
+    batch_bytes = 50 * blocks.n_bytes / blocks.n_tokens
+    for n_bytes, most in ((3.5 * batch_bytes, 3), (1, 1)):
+        monkeypatch.setattr("opd_train.stream.PREFETCH_BYTES", n_bytes)
+        assert stream(blocks).prefetch_batches == most
+        assert flat(stream(blocks)) == flat(stream(blocks, workers=0))
+
+
+def test_joined_rows_are_in_the_state(blocks):
+    state = stream(blocks, joined=[(blocks, np.arange(40))]).state_dict()
+    stream(blocks, joined=[(blocks, list(range(40)))]).load_state_dict(state)
+    with pytest.raises(MismatchError, match="joined"):
+        stream(blocks, joined=[(blocks, np.full(40, -1))]).load_state_dict(state)
+
+
+def test_top_k_is_put_together_later(tmp_path):
+    packed = made_cache(tmp_path / "packed", 40, encoding="ladder/128")
+    expected = list(stream(packed))
+    later = stream(packed, device_decode=True)
+    assert later.assembler.assemble(0, [3]).pending
+    later.load_state_dict(stream(packed).state_dict())
+    # Worker processes, whose batches go to no device, do not put it off.
+    ways = (
+        later,
+        DataLoader(
+            stream(packed, device_decode=True),
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context="fork",
+        ),
+        CacheLoader(stream(packed, device_decode=True), num_workers=2, multiprocessing_context="fork"),
+    )
+    for way in ways:
+        for left, right in zip(way, expected, strict=True):
+            assert not left.pending
+            same(left, right)
+
+
+@pytest.fixture(scope="module")
+def bucket(blocks):
+    """The same cache, as an address of what is fetched."""
+    files = fsspec.filesystem("memory")
+    root = Path(blocks.uri)
+    for path in root.rglob("*"):
+        if path.is_file():
+            files.pipe(f"/stream-bucket/{path.relative_to(root)}", path.read_bytes())
+    yield "memory://stream-bucket"
+    files.rm("/stream-bucket", recursive=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_a_record_batch_is_fetched_once_an_epoch(bucket, blocks, workers):
+    cache = opd_store.open(bucket)
+    before = cache.stats.requests
+    assert flat(stream(cache, window=4, workers=workers)) == flat(stream(blocks, window=4))
+    assert cache.stats.requests - before == len(cache.batch_rows)
+    assert not cache._storage._process().pending
+
+
+def test_of_threads_that_want_a_record_batch_one_fetches_it(bucket):
+    cache = opd_store.open(bucket)
+    before = cache.stats.requests
+    start = threading.Barrier(4)
+
+    def read(_):
+        start.wait()
+        return cache[0].token_ids.tolist()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len({tuple(ids) for ids in threads.map(read, range(4))}) == 1
+    assert cache.stats.requests - before == 1
 
 
 def test_the_length_is_the_number_of_batches(blocks):

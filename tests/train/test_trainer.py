@@ -304,6 +304,21 @@ def test_how_often_a_run_is_saved_may_change(cache, models, cut, tmp_path, unint
     assert_equal(resumed, uninterrupted[1])
 
 
+def test_a_run_goes_on_at_another_world_size(cache, models, cut, tmp_path):
+    for rank in range(2):
+        out = tmp_path / str(rank)
+        shutil.copytree(cut, out)
+        made = trainer(cache, models["llama"], out=out, rank=rank, world_size=2)
+        made.run()
+        assert made.step == CONFIG.steps
+        state = made._source.state_dict()
+        assert state["world_size"] == 2
+        # What the one rank before was given is not given again.
+        assert state["stages"] or state["epoch"] > 0
+    with pytest.raises(MismatchError, match=r"source\.seed is 0 there, 1 here"):
+        run(cache, models["llama"], out=cut, seed=1)
+
+
 @pytest.mark.parametrize(
     "change",
     [

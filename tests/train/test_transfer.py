@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from opd_store import CacheMeta, Cut, InvalidArgumentError, InvalidRolloutError,
 from opd_store.testing import FINGERPRINT, example_meta, random_rollout
 from opd_train import BatchAssembler, DeviceFeed, collate
 from opd_train.packing import BufferPool
+from opd_train.transfer import _wait_for_all
 
 VOCAB = 500
 N = 12
@@ -112,6 +115,13 @@ def test_buffers_grow_and_few_are_kept():
     assert len(again) == 3
 
 
+def test_another_thread_may_take_away_what_was_counted():
+    class Raced(BufferPool):
+        _counted = property(lambda self: np.arange(3), lambda self, value: None)
+
+    assert Raced().counted(10).tolist() == list(range(10))
+
+
 def test_threads_share_an_assembler(cache):
     assembler = BatchAssembler([cache], multiple_of=8)
     rows = [[i % N, (i * 5 + 1) % N] for i in range(60)]
@@ -131,6 +141,18 @@ def test_another_process_gets_buffers_of_its_own(cache):
     assembler.pool._pid = 0
     assert same(assembler.assemble(0, [3, 4]), expected(cache, [3, 4]))
     assert assembler.pool.n_made == 2
+
+
+def test_copies_of_the_parent_are_not_waited_for():
+    class Event:
+        def synchronize(self):
+            raise RuntimeError("CUDA in a forked process")
+
+    in_flight = deque([(Event(), None)])
+    _wait_for_all(in_flight, os.getpid() + 1)
+    assert in_flight
+    with pytest.raises(RuntimeError, match="CUDA"):
+        _wait_for_all(in_flight, os.getpid())
 
 
 # Assembling
@@ -292,7 +314,7 @@ def rescored(rollouts, *, topk, seed=5):
 
 
 @pytest.mark.parametrize("encoding", ["plain", "ladder/32"])
-def test_another_teacher_speaks_of_the_same_tokens(cache, tmp_path, encoding):
+def test_another_teacher_speaks_of_the_same_tokens(cache, tmp_path, monkeypatch, encoding):
     rollouts = rescored(make_rollouts(), topk=6)
     meta = CacheMeta(vocab_size=VOCAB + 12, tokenizer_fingerprint=FINGERPRINT)
     other = write(tmp_path / "other", rollouts[::-1][:9], topk=6, meta=meta, encoding=encoding)
@@ -312,7 +334,11 @@ def test_another_teacher_speaks_of_the_same_tokens(cache, tmp_path, encoding):
     for name in ("teacher_logprob", "topk_ids", "topk_logprob", "log_tail"):
         assert torch.equal(getattr(batch.joined[0], name), getattr(wanted, name)), name
         assert getattr(batch.joined[1], name) is None
-    # Row 2 is one that the other teacher has not seen.
+    # Row 2 is one that the other teacher has not seen, so that nothing of theirs is asked for.
+    asked = []
+    monkeypatch.setattr(opd_store.Cache, "prefetch", lambda cache, *args, **options: asked.append(cache))
+    assembler.prefetch(0, [7, 2])
+    assert asked == [cache]
     assert not any(name.startswith("joined") for name in assembler.assemble(0, [7, 2]).tensors())
 
 
