@@ -241,7 +241,7 @@ class MemoryStorage(LocalStorage):
     def read(self, name: str, limit: int) -> bytes:
         return self.files[name]
 
-    def map_pages(self, name: str) -> tuple[pa.Buffer, Callable[[], None]]:
+    def map_pages(self, name: str) -> tuple[pa.Buffer, None, Callable[[], None]]:
         if name not in self.files:
             raise opd_store.IntegrityError(f"memory/{name}: missing, although the manifest names it")
-        return pa.py_buffer(self.files[name]), lambda: None
+        return pa.py_buffer(self.files[name]), None, lambda: None

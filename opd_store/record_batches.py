@@ -223,8 +223,8 @@ class RecordBatches:
         uri = self._storage.describe(info.path)
         source: ShardSource
         if isinstance(self._storage, LocalStorage):
-            buffer, let_go = self._storage.map_pages(info.path)
-            watch = FileWatch(uri, buffer.size)
+            buffer, found_file, let_go = self._storage.map_pages(info.path)
+            watch = FileWatch(uri, buffer.size, found_file)
             known = self._remembered(number, watch.identity)
             source = MappedShard(
                 buffer, info, self._arrow, uri=uri, current_size=watch.size, proof=known.proof, let_go=let_go

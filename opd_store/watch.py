@@ -9,19 +9,20 @@ from collections.abc import Hashable
 class FileWatch:
     """A file as it was when it was mapped."""
 
-    def __init__(self, path: str, size: int) -> None:
-        """Remember the file under this name.
+    def __init__(self, path: str, size: int, found: os.stat_result | None = None) -> None:
+        """Remember the file.
 
         Args:
             path: of a file that was mapped just now.
             size: bytes that were mapped.
+            found: what `fstat` said of it; None asks by the name, which may be another file's by now.
         """
         self._path, self._size = os.path.abspath(path), size
         self._file: tuple[int, int] | None = None
         self.identity: Hashable = object()
         """Differs from that of another file under the same name, and of the same file after a change."""
         try:
-            found = os.stat(self._path)
+            found = found or os.stat(self._path)
         except OSError:
             return
         self._file = (found.st_dev, found.st_ino)

@@ -44,7 +44,6 @@ __all__ = [
     "fold_tail",
     "join_tail",
     "keep_ranks",
-    "merge_bands",
     "parse_page",
     "value_tolerance",
 ]
@@ -215,15 +214,6 @@ def _largest_error(band: Band, decoded: Band, codec: ModuleType, parameter: int,
         assert np.array_equal(given[~finite], found[~finite]), f"{encoding} changed an infinite value"
         largest = max(largest, float(error.max(initial=0.0)))
     return largest
-
-
-def merge_bands(bands: list[Band]) -> Band:
-    """Consecutive bands from the first one on, side by side. One band stays a view."""
-    if len(bands) == 1:
-        return bands[0]
-    ids = np.concatenate([band.ids for band in bands], axis=1)
-    logprob = np.concatenate([band.logprob for band in bands], axis=1)
-    return Band(ids, logprob, bands[-1].log_tail)
 
 
 def keep_ranks(band: Band, ranks: int) -> Band:

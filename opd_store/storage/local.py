@@ -8,6 +8,7 @@ lock decides anything.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import mmap
@@ -24,6 +25,7 @@ from opd_store import layout
 from opd_store.errors import CacheNotFoundError, IntegrityError, StorageError
 
 TEMP_DIR = "tmp"
+_libc = ctypes.CDLL(None)
 
 
 @contextlib.contextmanager
@@ -104,24 +106,22 @@ class LocalStorage:
         """
         return self.map_pages(name)[0]
 
-    def map_pages(self, name: str) -> tuple[pa.Buffer, Callable[[], None]]:
-        """Like `map`, and what takes the pages that were read out of this process's memory again.
-
-        They stay in the system's cache, and come back when they are read.
+    def map_pages(self, name: str) -> tuple[pa.Buffer, os.stat_result | None, Callable[[], None]]:
+        """Like `map`, with what `fstat` says of the file, and what takes the pages that were read out of this
+        process's memory again: they stay in the system's cache, and come back when they are read.
         """
         path = self.root / name
         try:
-            with path.open("rb") as file:
-                if not os.fstat(file.fileno()).st_size:
-                    return pa.py_buffer(b""), _nothing
-                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            # Not Python's mmap, which keeps a file descriptor as long as it lives.
+            with pa.memory_map(str(path)) as file:
+                found, buffer = os.fstat(file.fileno()), file.read_buffer()
         except FileNotFoundError as error:
             raise IntegrityError(
                 f"{path}: missing, although the manifest names it. Fetch it again.", uri=str(path)
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, pa.ArrowException) as error:
             raise StorageError(f"{path}: cannot map: {error}", filename=str(path)) from error
-        return pa.py_buffer(mapped), lambda: mapped.madvise(mmap.MADV_DONTNEED)
+        return buffer, found, lambda: _let_go(buffer)
 
     def load(self, name: str, n_bytes: int, sha256: bytes) -> pa.Buffer:
         """A whole file, memory-mapped and compared with its digest.
@@ -214,8 +214,12 @@ class TempFile:
             self._file.close()
 
 
-def _nothing() -> None:
-    pass
+def _let_go(mapped: pa.Buffer) -> None:
+    if mapped.size and mapped.address % mmap.PAGESIZE == 0:
+        # Advice only: where it is refused, memory is given back when the system needs it.
+        _libc.madvise(
+            ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size), ctypes.c_int(mmap.MADV_DONTNEED)
+        )
 
 
 def _make_directory(path: Path) -> None:

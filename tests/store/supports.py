@@ -184,3 +184,12 @@ def in_order_of(band: Band, ids: NDArray[np.uint32]) -> Band:
         for lookup, row in zip(lookups, ids.tolist(), strict=True)
     ]
     return Band(ids, np.array(values, np.float32), band.log_tail)
+
+
+def merge_bands(bands: list[Band]) -> Band:
+    """Consecutive bands from the first one on, side by side. One band stays a view."""
+    if len(bands) == 1:
+        return bands[0]
+    ids = np.concatenate([band.ids for band in bands], axis=1)
+    logprob = np.concatenate([band.logprob for band in bands], axis=1)
+    return Band(ids, logprob, bands[-1].log_tail)

@@ -22,6 +22,7 @@ from store.supports import (
     encode,
     in_order_of,
     largest_error,
+    merge_bands,
     naive_tail,
 )
 
@@ -34,7 +35,6 @@ from opd_store.encodings import (
     decode_page,
     encode_pages,
     keep_ranks,
-    merge_bands,
 )
 from opd_store.encodings.page import seal_page
 from opd_store.errors import FormatError

@@ -51,3 +51,11 @@ def test_mapped_pages_are_given_back(tmp_path, monkeypatch, read):
         del cache
     assert kept[1 << 30] > 14 << 20
     assert kept[2 << 20] < 6 << 20
+
+
+def test_open_shards_hold_no_file_descriptors(tmp_path):
+    write(tmp_path / "cache", some_rollouts(30), batch_bytes=1, shard_bytes=1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    cache = opd_store.open(tmp_path / "cache")
+    assert cache.n_shards == len(list(cache)) == 30
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
