@@ -17,6 +17,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #define ESCAPE 255
 #define NO_ID 0xFFFFFFFFu
@@ -899,12 +903,29 @@ done:
     return Py_None;
 }
 
+/* ---- Memory ---- */
+
+static PyObject *let_go(PyObject *module, PyObject *mapped) {
+    (void)module;
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(mapped, &buffer, PyBUF_SIMPLE) < 0) return NULL;
+#if defined(MADV_DONTNEED) && defined(_SC_PAGESIZE)
+    /* Advice only: where it is refused, memory is given back when the system needs it. */
+    if (buffer.readonly && buffer.len > 0 && (uintptr_t)buffer.buf % (size_t)sysconf(_SC_PAGESIZE) == 0)
+        (void)madvise(buffer.buf, (size_t)buffer.len, MADV_DONTNEED);
+#endif
+    PyBuffer_Release(&buffer);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
 /* ---- The module ---- */
 
 static PyMethodDef methods[] = {
     {"decode_streams", decode_streams, METH_VARARGS, NULL},
     {"rows_are_fine", rows_are_fine, METH_VARARGS, NULL},
     {"copy_rows", copy_rows, METH_VARARGS, NULL},
+    {"let_go", let_go, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

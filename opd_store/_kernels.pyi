@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 from numpy.typing import NDArray
 
 def decode_streams(
@@ -41,3 +42,4 @@ def copy_rows(
     counts: NDArray[Any],
     /,
 ) -> None: ...
+def let_go(mapped: pa.Buffer, /) -> None: ...

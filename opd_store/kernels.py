@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 try:
@@ -162,6 +163,18 @@ def copy_rows(
             )
     for to, source, first, size in parts:
         dst[to : to + size] = source[first : first + size]
+
+
+def let_go(mapped: pa.Buffer) -> None:
+    """Take the pages of a mapped file out of this process's memory; they come back when they are read.
+
+    Does nothing without the C code: then the system takes them back when it needs memory.
+
+    Args:
+        mapped: a whole file, shared and read-only. Of other memory the content could be lost.
+    """
+    if COMPILED:
+        _kernels.let_go(mapped)
 
 
 def _as_rows(source: NDArray[Any], first: int, dst: NDArray[Any]) -> tuple[NDArray[Any], int]:

@@ -8,10 +8,8 @@ lock decides anything.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
-import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -21,11 +19,10 @@ from typing import Self
 
 import pyarrow as pa
 
-from opd_store import layout
+from opd_store import kernels, layout
 from opd_store.errors import CacheNotFoundError, IntegrityError, StorageError
 
 TEMP_DIR = "tmp"
-_libc = ctypes.CDLL(None)
 
 
 @contextlib.contextmanager
@@ -121,7 +118,7 @@ class LocalStorage:
             ) from error
         except (OSError, pa.ArrowException) as error:
             raise StorageError(f"{path}: cannot map: {error}", filename=str(path)) from error
-        return buffer, found, lambda: _let_go(buffer)
+        return buffer, found, lambda: kernels.let_go(buffer)
 
     def load(self, name: str, n_bytes: int, sha256: bytes) -> pa.Buffer:
         """A whole file, memory-mapped and compared with its digest.
@@ -212,14 +209,6 @@ class TempFile:
             self._path.unlink()
         with contextlib.suppress(OSError):
             self._file.close()
-
-
-def _let_go(mapped: pa.Buffer) -> None:
-    if mapped.size and mapped.address % mmap.PAGESIZE == 0:
-        # Advice only: where it is refused, memory is given back when the system needs it.
-        _libc.madvise(
-            ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size), ctypes.c_int(mmap.MADV_DONTNEED)
-        )
 
 
 def _make_directory(path: Path) -> None:

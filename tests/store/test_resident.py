@@ -10,7 +10,7 @@ import pytest
 from store.caches import some_rollouts, write
 
 import opd_store
-from opd_store import record_batches
+from opd_store import kernels, record_batches
 
 
 def resident(directory: Path) -> int:
@@ -24,6 +24,7 @@ def resident(directory: Path) -> int:
     return found
 
 
+@pytest.mark.skipif(not kernels.COMPILED, reason="no C extension")
 @pytest.mark.parametrize("read", ["gather", "rollout", "scan"])
 def test_mapped_pages_are_given_back(tmp_path, monkeypatch, read):
     path = tmp_path / "cache"
