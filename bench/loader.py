@@ -6,7 +6,7 @@ DATA_DIR is what bench/data.py wrote. Formats store the same rollouts: lognormal
 teacher and behaviour log-probs, top-k ids, log-probs and the tail. Names with fp16 keep top-k log-probs and
 the tail in two bytes, the others in four; `ladder/128` rounds to 1/128 nat. Each format's values are compared
 with the source, one by one, before anything is timed. A batch is 16 rollouts, ids of 32 bits and float32
-log-probs in memory of its own; in random order, and in the stream's batches, ids have 64 bits.
+log-probs in memory of its own; in random order, and in the stream's batches, token ids have 64 bits.
 
 Every measurement is a fresh process that has the imports behind it (loaders/zygote.py); repeats go round all
 formats in turn, and tables hold medians. M is million positions; per CPU-second counts all threads and worker

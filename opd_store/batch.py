@@ -191,9 +191,10 @@ class BatchView:
         """The items of all rows of a list column, and which is the first of each row."""
         return self._items[name], self._offsets[name]
 
-    def is_missing(self, name: str, row: int) -> bool:
-        """Whether a row has nothing in a list column."""
-        return name in self._missing and bool(self._missing[name][row])
+    def missing(self, name: str, first: int, end: int) -> NDArray[np.bool_] | None:
+        """Which of some rows have nothing in a list column; None where all have."""
+        found = self._missing.get(name)
+        return None if found is None or not found[first:end].any() else found[first:end]
 
     def plain_words(self, name: str) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.int32]]:
         """All `plain` pages of a column as words of either type, and at which byte each row's begins."""
@@ -204,9 +205,9 @@ class BatchView:
             self._words[name] = found
         return found
 
-    def is_proven(self, row: int, ranks: int) -> bool:
-        """Whether the first ranks of this row were read before and found possible."""
-        return self._proven is not None and bool(self._proven.rows("topk", ranks)[row])
+    def are_proven(self, first: int, end: int, ranks: int) -> bool:
+        """Whether the first ranks of these rows were read before and found possible."""
+        return self._proven is not None and all(self._proven.rows("topk", ranks)[first:end])
 
     def topk_into(
         self,
@@ -331,6 +332,10 @@ class BatchView:
     def n_response_tokens(self) -> int:
         """R of all rows."""
         return int(self._response_tokens.sum())
+
+    def response_lens(self, first: int, end: int) -> NDArray[np.int64]:
+        """R of some rows."""
+        return self._response_tokens[first:end]
 
     def response_len(self, row: int) -> int:
         """R of one row."""

@@ -395,16 +395,20 @@ class Cache(Sequence[Rollout]):
         """What `CacheSchema.parts` says. Raises InvalidArgumentError for a selection that cannot be."""
         return self._known_parts(ranks, None if columns is None else frozenset(columns))
 
-    def locate(
+    def runs(
         self, rows: NDArray[np.int64], *, ranks: int | None, columns: Collection[str]
-    ) -> list[tuple[BatchView, int]]:
-        """The record batch of every row, and which of its rows it is. Internal to the package."""
+    ) -> list[tuple[BatchView, int, int]]:
+        """Rows as pieces [first, end) of record batches, in the given order. Internal to the package."""
         parts = self._parts(ranks, columns)
         numbers = self._batches.first_row.searchsorted(rows, side="right") - 1
-        inside = (rows - self._batches.first_row[numbers]).tolist()
+        inside = rows - self._batches.first_row[numbers]
         views = {number: self._batches.view(number, parts) for number in dict.fromkeys(numbers.tolist())}
         self._batches.note_read(int(self.row_tokens[rows].sum()))
-        return [(views[number], row) for number, row in zip(numbers.tolist(), inside, strict=True)]
+        breaks = np.flatnonzero((numbers[1:] != numbers[:-1]) | (inside[1:] != inside[:-1] + 1))
+        starts = [0, *(breaks + 1).tolist()]
+        lengths = np.diff([*starts, len(rows)]).tolist()
+        firsts, found = inside[starts].tolist(), numbers[starts].tolist()
+        return [(views[n], first, first + m) for n, first, m in zip(found, firsts, lengths, strict=True)]
 
     def _locate(self, row: int, parts: tuple[int, ...]) -> tuple[BatchView, int]:
         n_rows = len(self)

@@ -54,8 +54,8 @@ FIELDS = (
 )
 _LISTS, _TOPK = FIELDS[:4], frozenset(FIELDS[4:])
 _WORD = 4
-Place = tuple[BatchView, int]
-"""A rollout: its record batch, and which row of that it is."""
+Run = tuple[BatchView, int, int]
+"""Neighbours: their record batch, and which rows [first, end) of it they are."""
 
 
 def gather(
@@ -95,17 +95,18 @@ def gather(
                 f"{cache.uri}: row {wanted[at]} has a prompt of {lengths[at] - responses[at]} tokens; "
                 f"max_tokens={max_tokens} leaves no response"
             )
-    places = cache.locate(wanted, ranks=ranks, columns=columns)
+    runs = cache.runs(wanted, ranks=ranks, columns=columns)
+    if max_tokens is not None and cut.any():
+        runs = _single_rows(runs)
     make = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
     fields: dict[str, Any] = dict.fromkeys(FIELDS)
-    fields["token_ids"] = _joined("token_ids", places, lengths, _starts(lengths), make)
+    fields["token_ids"] = _joined("token_ids", runs, _starts(lengths), make)
     starts = _starts(responses)
     for name in _LISTS:
         if name in columns:
-            fields[name] = _joined(name, places, responses, starts, make)
+            fields[name] = _joined(name, runs, starts, make)
     if cache.topk and ranks != 0 and not _TOPK.isdisjoint(columns):
-        wanted_ranks = cache.topk if ranks is None else ranks
-        fields |= _topk(cache.schema, wanted_ranks, places, responses, starts, make)
+        fields |= _topk(cache.schema, cache.topk if ranks is None else ranks, runs, starts, make)
     return Packed(lengths, responses, **fields)
 
 
@@ -127,34 +128,42 @@ def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _joined(
-    name: str, places: list[Place], counts: NDArray[np.int64], starts: NDArray[np.int64], make: Allocate
-) -> NDArray[Any] | None:
-    """The first `counts` items of a list column of every rollout, end to end."""
-    missing = [number for number, (view, row) in enumerate(places) if view.is_missing(name, row)]
+def _single_rows(runs: list[Run]) -> list[Run]:
+    return [(view, row, row + 1) for view, first, end in runs for row in range(first, end)]
+
+
+def _bounds(runs: list[Run], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[runs + 1] where each run begins in the output; last the end."""
+    bounds: NDArray[np.int64] = starts[np.cumsum([0, *(end - first for _, first, end in runs)])]
+    return bounds
+
+
+def _joined(name: str, runs: list[Run], starts: NDArray[np.int64], make: Allocate) -> NDArray[Any] | None:
+    """The first items of a list column of every rollout, end to end, as many as `starts` has room for."""
+    gaps = [view.missing(name, first, end) for view, first, end in runs]
     is_mask = name == "loss_mask"
-    if missing and (len(missing) == len(places) or not is_mask):
+    has_gaps = any(gap is not None for gap in gaps)
+    if has_gaps and (not is_mask or all(gap is not None and gap.all() for gap in gaps)):
         return None
-    found = [view.list_items(name) for view, _ in places]
+    if has_gaps:
+        runs = _single_rows(runs)
+    found = [view.list_items(name) for view, _, _ in runs]
     items = [source for source, _ in found]
     target = make(name, (int(starts[-1]),), np.dtype(np.bool_) if is_mask else items[0].dtype)
     into = target.view(np.uint8) if is_mask else target
-    firsts = [offsets[row] for (_, offsets), (_, row) in zip(found, places, strict=True)]
-    taken = counts.copy()
-    for number in missing:
-        into[starts[number] : starts[number + 1]] = 1
-        taken[number] = 0
-    kernels.copy_rows(into, starts[:-1], items, firsts, taken)
+    firsts = [offsets[first] for (_, offsets), (_, first, _) in zip(found, runs, strict=True)]
+    bounds = _bounds(runs, starts)
+    counts = np.diff(bounds)
+    for number, (view, first, end) in enumerate(runs if has_gaps else ()):
+        if view.missing(name, first, end) is not None:
+            into[bounds[number] : bounds[number + 1]] = 1
+            counts[number] = 0
+    kernels.copy_rows(into, bounds[:-1], items, firsts, counts)
     return target
 
 
 def _topk(
-    schema: CacheSchema,
-    ranks: int,
-    places: list[Place],
-    counts: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    make: Allocate,
+    schema: CacheSchema, ranks: int, runs: list[Run], starts: NDArray[np.int64], make: Allocate
 ) -> dict[str, NDArray[Any]]:
     """Ids, log-probs and tails of every rollout, decoded to their places."""
     n_positions = int(starts[-1])
@@ -163,48 +172,58 @@ def _topk(
     log_tail = make("log_tail", (n_positions,), np.dtype(np.float32))
     bands = schema.topk_columns(ranks)
     ends_with_band = bands[-1].rank_end == ranks
-    copied: list[int] = []
-    for number, (view, row) in enumerate(places):
-        part = slice(starts[number], starts[number + 1])
-        if not ends_with_band or counts[number] != view.response_len(row):
-            band = view.topk(row, ranks)
-            n = int(counts[number])
-            ids[part], logprob[part], log_tail[part] = band.ids[:n], band.logprob[:n], band.log_tail[:n]
-        elif schema.encoding == "plain" and view.is_proven(row, ranks):
-            copied.append(number)
-        else:
-            view.topk_into(row, bands, ids[part], logprob[part], log_tail[part])
+    may_copy = ends_with_band and schema.encoding == "plain"
+    copied: list[tuple[Run, int]] = []
+    number = 0
+    for view, first, end in runs:
+        if may_copy and view.are_proven(first, end, ranks):
+            copied.append(((view, first, end), number))
+            number += end - first
+            continue
+        for row in range(first, end):
+            part = slice(starts[number], starts[number + 1])
+            n = part.stop - part.start
+            if ends_with_band and n == view.response_len(row):
+                view.topk_into(row, bands, ids[part], logprob[part], log_tail[part])
+            else:
+                band = view.topk(row, ranks)
+                ids[part], logprob[part], log_tail[part] = band.ids[:n], band.logprob[:n], band.log_tail[:n]
+            number += 1
     if copied:
-        _copy_plain(
-            bands,
-            [places[number] for number in copied],
-            starts[copied],
-            counts[copied],
-            ids,
-            logprob,
-            log_tail,
-        )
+        _copy_plain(bands, copied, starts, ids, logprob, log_tail)
     return {"topk_ids": ids, "topk_logprob": logprob, "log_tail": log_tail}
 
 
 def _copy_plain(
     bands: Sequence[PackedColumn],
-    places: list[Place],
+    copied: list[tuple[Run, int]],
     starts: NDArray[np.int64],
-    counts: NDArray[np.int64],
     ids: NDArray[np.uint32],
     logprob: NDArray[np.float32],
     log_tail: NDArray[np.float32],
 ) -> None:
-    """Copy pages that were checked when they were first read: all rollouts of a band at once."""
+    """Copy pages that were checked when they were first read: all rollouts of a band at once.
+
+    Args:
+        copied: runs, each with the number of its first rollout.
+    """
+    numbers = np.concatenate([np.arange(end - first) + at for (_, first, end), at in copied])
+    places, counts = starts[numbers], starts[numbers + 1] - starts[numbers]
+    # Whole pages lie here, also where a rollout is to be cut.
+    sizes = np.concatenate([view.response_lens(first, end) for (view, first, end), _ in copied])
     for column in bands:
         part = slice(column.rank_start, column.rank_end)
-        found = [view.plain_words(column.name) for view, _ in places]
-        words, floats = [page[0] for page in found], [page[1] for page in found]
-        pages = np.array([page[2][row] for page, (_, row) in zip(found, places, strict=True)], np.int64)
-        first = (pages + layout.PAGE_HEADER.size) // _WORD
-        entries = counts * (column.rank_end - column.rank_start)
-        kernels.copy_rows(ids[:, part], starts, words, first, counts)
-        kernels.copy_rows(logprob[:, part], starts, floats, first + entries, counts)
+        words: list[NDArray[np.uint32]] = []
+        floats: list[NDArray[np.float32]] = []
+        offsets = []
+        for (view, first, end), _ in copied:
+            as_words, as_floats, of_rows = view.plain_words(column.name)
+            words += [as_words] * (end - first)
+            floats += [as_floats] * (end - first)
+            offsets.append(of_rows[first:end])
+        bodies = (np.concatenate(offsets).astype(np.int64) + layout.PAGE_HEADER.size) // _WORD
+        entries = sizes * (column.rank_end - column.rank_start)
+        kernels.copy_rows(ids[:, part], places, words, bodies, counts)
+        kernels.copy_rows(logprob[:, part], places, floats, bodies + entries, counts)
         if column is bands[-1]:
-            kernels.copy_rows(log_tail, starts, floats, first + 2 * entries, counts)
+            kernels.copy_rows(log_tail, places, floats, bodies + 2 * entries, counts)

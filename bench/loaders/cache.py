@@ -116,7 +116,7 @@ class OneRow(Reader):
 
 
 class StreamReader:
-    """`CacheStream`: batches of `TeacherBatch`, whose ids are 64 bits wide already."""
+    """`CacheStream`: batches of `TeacherBatch`, whose token ids are 64 bits wide already."""
 
     def __init__(self, uri: str, **options: str | int | None) -> None:
         self.cache = open_cache(uri)
@@ -169,7 +169,7 @@ def _layouts(encoding: str) -> Iterator[Layout]:
     for workers in (0, 1, 2):
         yield made(
             name=f"{name}, stream, {workers} workers",
-            note="`CacheStream(shuffle='none')`, ids of 64 bits",
+            note="`CacheStream(shuffle='none')`, token ids of 64 bits",
             open=functools.partial(StreamReader, shuffle="none", workers=workers),
             tasks=frozenset({"epoch", "memory", "bucket"} if workers == 0 else {"epoch"}),
         )

@@ -53,7 +53,7 @@ class Layout:
     open: Callable[[str], Any]
     """Of a folder or an s3:// address."""
     shuffled: Callable[[Any, int, int], Iterator[Batch]] | None = None
-    """(reader, workers, seed): an epoch in random order with ids of 64 bits, as losses gather by."""
+    """(reader, workers, seed): an epoch in random order, token ids with 64 bits, as embeddings take them."""
     endless: Callable[[Any, int, int], Iterator[Batch]] | None = None
     """The same, epoch after epoch; None: `shuffled` is called again for each."""
     few_ranks: Callable[[Any, int], Iterator[Batch]] | None = None
@@ -111,8 +111,8 @@ def packed(samples: Iterator[Sample]) -> Iterator[Batch]:
 
 
 def wide(batch: Batch) -> Batch:
-    """Ids as int64, as torch.gather and embeddings want them."""
-    return batch | {name: batch[name].long() for name in ("token_ids", "topk_ids")}
+    """Token ids as int64, as our `TeacherBatch` has them for embeddings; top-k ids stay as they are."""
+    return batch | {"token_ids": batch["token_ids"].to(torch.int64)}
 
 
 def pack_wide(samples: Sequence[Sample]) -> Batch:

@@ -90,7 +90,7 @@ def best_peer(medians: dict[str, dict[str, float]], *, half: bool, pairs: list[P
 
 
 def shuffles(bench: Bench, data: str) -> Table:
-    """An epoch in random order, ids as int64, with and without worker processes."""
+    """An epoch in random order, token ids as int64, with and without worker processes."""
     pairs = bench.layouts("shuffled", lambda item: item["shuffled"])
     for workers in BY_WORKERS:
         able = [pair for pair in pairs if pair[1]["forks"] or not workers]

@@ -102,7 +102,8 @@ def shuffle_rows(bench: Bench) -> Iterator[tuple[str, ...]]:
         what = f"anonymous memory, shuffled, k16: {name.removeprefix('ours: ')}"
         yield at_most(what, found.get("anon", math.nan), round(limit) if found else math.nan, " MB")
         share = value(bench, "memory", "k16", f"{name}, gather, ring", "resident of added")
-        what = f"resident memory, 4x the cache: {name.removeprefix('ours: ')}, share of the added bytes"
+        short = name.removeprefix("ours: ")
+        what = f"resident memory, 4x the cache, given back after 8 MiB: {short}, share of the added bytes"
         yield at_most(what, share, 0.25, "")
 
 

@@ -14,6 +14,8 @@ FORBIDDEN_MODULES = {
     "code", "codeop", "imp", "ctypes", "cffi", "subprocess", "pty", "socket", "ssl", "urllib", "http",
     "ftplib", "smtplib", "telnetlib", "xmlrpc", "requests", "httpx", "aiohttp", "webbrowser", "jinja2",
 }  # fmt: skip
+# Taking addresses apart makes no connection; one module alone makes some, to the place that the user named.
+ALLOWED = {"urllib.parse": None, "aiohttp": "opd_store/storage/transport.py"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 FORBIDDEN_ATTRIBUTES = {
     ("os", "system"), ("os", "popen"), ("os", "execv"), ("os", "execve"), ("os", "spawnv"),
@@ -23,7 +25,7 @@ FORBIDDEN_ATTRIBUTES = {
 FORBIDDEN_KEYWORDS = {"allow_pickle", "weights_only", "trust_remote_code", "shell"}
 
 
-def forbidden(tree: ast.AST) -> list[str]:
+def forbidden(tree: ast.AST, path: str = "") -> list[str]:
     """What of a module could run code that came with data."""
     found = []
     for node in ast.walk(tree):
@@ -32,6 +34,7 @@ def forbidden(tree: ast.AST) -> list[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
+        names = [name for name in names if name not in ALLOWED or ALLOWED[name] not in (None, path)]
         found += [f"{node.lineno}: import {n}" for n in names if n.split(".")[0] in FORBIDDEN_MODULES]
         if isinstance(node, ast.Name) and node.id in FORBIDDEN_CALLS:
             found.append(f"{node.lineno}: {node.id}")
@@ -46,7 +49,7 @@ def forbidden(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_can(path: Path):
-    assert forbidden(ast.parse(path.read_text(), str(path))) == []
+    assert forbidden(ast.parse(path.read_text(), str(path)), str(path.relative_to(ROOT))) == []
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,8 @@ def test_no_source_can(path: Path):
         "from pickle import loads",
         "def f():\n    import marshal",
         "import urllib.request",
+        "import urllib",
+        "import aiohttp",
         "eval('1')",
         "f = exec",
         "torch.load('x')",
