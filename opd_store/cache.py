@@ -406,9 +406,10 @@ class Cache(Sequence[Rollout]):
         self._batches.note_read(int(self.row_tokens[rows].sum()))
         breaks = np.flatnonzero((numbers[1:] != numbers[:-1]) | (inside[1:] != inside[:-1] + 1))
         starts = [0, *(breaks + 1).tolist()]
-        lengths = np.diff([*starts, len(rows)]).tolist()
+        ends = [*starts[1:], len(rows)]
         firsts, found = inside[starts].tolist(), numbers[starts].tolist()
-        return [(views[n], first, first + m) for n, first, m in zip(found, firsts, lengths, strict=True)]
+        pieces = zip(found, firsts, starts, ends, strict=True)
+        return [(views[number], first, first + end - start) for number, first, start, end in pieces]
 
     def _locate(self, row: int, parts: tuple[int, ...]) -> tuple[BatchView, int]:
         n_rows = len(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +101,14 @@ def gather(
         runs = _single_rows(runs)
     make = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
     fields: dict[str, Any] = dict.fromkeys(FIELDS)
-    fields["token_ids"] = _joined("token_ids", runs, _starts(lengths), make)
+    edges = [0, *itertools.accumulate(end - first for _, first, end in runs)]
+    starts = _starts(lengths)
+    fields["token_ids"] = _joined("token_ids", runs, starts, starts[edges], make)
     starts = _starts(responses)
+    bounds = starts[edges]
     for name in _LISTS:
         if name in columns:
-            fields[name] = _joined(name, runs, starts, make)
+            fields[name] = _joined(name, runs, starts, bounds, make)
     if cache.topk and ranks != 0 and not _TOPK.isdisjoint(columns):
         fields |= _topk(cache.schema, cache.topk if ranks is None else ranks, runs, starts, make)
     return Packed(lengths, responses, **fields)
@@ -125,35 +129,37 @@ def _check(cache: Cache, rows: NDArray[np.int64], ranks: int | None, columns: Co
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """[S + 1] where each rollout begins; last the sum."""
-    return np.concatenate([[0], np.cumsum(counts)])
+    starts = np.zeros(len(counts) + 1, np.int64)
+    counts.cumsum(out=starts[1:])
+    return starts
 
 
 def _single_rows(runs: list[Run]) -> list[Run]:
     return [(view, row, row + 1) for view, first, end in runs for row in range(first, end)]
 
 
-def _bounds(runs: list[Run], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[runs + 1] where each run begins in the output; last the end."""
-    bounds: NDArray[np.int64] = starts[np.cumsum([0, *(end - first for _, first, end in runs)])]
-    return bounds
+def _joined(
+    name: str, runs: list[Run], starts: NDArray[np.int64], bounds: NDArray[np.int64], make: Allocate
+) -> NDArray[Any] | None:
+    """A list column of all rollouts, end to end.
 
-
-def _joined(name: str, runs: list[Run], starts: NDArray[np.int64], make: Allocate) -> NDArray[Any] | None:
-    """The first items of a list column of every rollout, end to end, as many as `starts` has room for."""
+    Args:
+        starts: where each rollout begins; last the end.
+        bounds: the same for each run.
+    """
     gaps = [view.missing(name, first, end) for view, first, end in runs]
     is_mask = name == "loss_mask"
     has_gaps = any(gap is not None for gap in gaps)
-    if has_gaps and (not is_mask or all(gap is not None and gap.all() for gap in gaps)):
-        return None
     if has_gaps:
-        runs = _single_rows(runs)
+        if not is_mask or all(gap is not None and gap.all() for gap in gaps):
+            return None
+        runs, bounds = _single_rows(runs), starts
     found = [view.list_items(name) for view, _, _ in runs]
     items = [source for source, _ in found]
-    target = make(name, (int(starts[-1]),), np.dtype(np.bool_) if is_mask else items[0].dtype)
+    target = make(name, (int(bounds[-1]),), np.dtype(np.bool_) if is_mask else items[0].dtype)
     into = target.view(np.uint8) if is_mask else target
     firsts = [offsets[first] for (_, offsets), (_, first, _) in zip(found, runs, strict=True)]
-    bounds = _bounds(runs, starts)
-    counts = np.diff(bounds)
+    counts = bounds[1:] - bounds[:-1]
     for number, (view, first, end) in enumerate(runs if has_gaps else ()):
         if view.missing(name, first, end) is not None:
             into[bounds[number] : bounds[number + 1]] = 1
