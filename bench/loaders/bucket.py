@@ -71,7 +71,7 @@ class Bucket:
             "-filer",
             "-s3",
         ]
-        command += ["-s3.port.iceberg=0", f"-s3.config={config}", "-metricsPort=0"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={config}", "-metricsPort=0"]
         self.log = Path(self.folder.name, "log").open("wb")  # noqa: SIM115  closed with the server
         behind = [sys.executable, "-m", "loaders.proxy", str(ports["proxy"]), str(ports["s3"])]
         self.processes = [

@@ -161,7 +161,12 @@ def seaweedfs(directory: Path) -> Iterator[Server]:
         pairs = dict(zip(names, zip(ports[::2], ports[1::2], strict=True), strict=True))
     command = [Path(sys.executable).with_name("weed"), "-logtostderr=true", "server", "-filer", "-s3"]
     command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={directory}/data", "-volume.max=16"]
-    command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false", "-s3.port.iceberg=0"]
+    command += [
+        "-master.volumeSizeLimitMB=64",
+        "-master.telemetry=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
     command += [f"-s3.config={directory}/s3.json", "-metricsPort=0"]
     for name, (port, grpc) in pairs.items():
         command += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc}"]
