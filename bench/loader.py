@@ -163,7 +163,10 @@ def main(argv: list[str] | None = None) -> None:
             f"`python bench/data.py {args.data_dir}`."
         )
     started = time.monotonic()
-    work = (args.work or args.data_dir / "loaders") / ("quick" if args.quick else f"seed-{args.seed}")
+    # Absolute: the processes that measure run elsewhere.
+    work = (args.work or args.data_dir / "loaders").resolve() / (
+        "quick" if args.quick else f"seed-{args.seed}"
+    )
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in FAMILIES if name in args.only.split(",")]
     wanted = [name for name in TABLES if name in args.tables.split(",")]
