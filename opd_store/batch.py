@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ ARRAY_FIELDS = (*TOKEN_LISTS, *RESPONSE_LISTS)
 SUPPORT_FIELDS = tuple(name for fields in SUPPORTS.values() for name in fields if name)
 _SCALAR_FIELDS = tuple(name for name in SCALARS if name not in ("rollout_hash", "prompt_len"))
 _ALWAYS = {"token_ids", "prompt_len"}
+_Read = TypeVar("_Read")
 
 
 class Proven:
@@ -223,12 +224,10 @@ class BatchView:
         """
         for column in columns:
             part = slice(column.rank_start, column.rank_end)
-            decode_into(
-                self._page(column.name, row),
-                column.page_shape(self.response_len(row)),
-                encoding=self._schema.encoding,
-                id_table=self._id_table,
-                where=f"{self.where}, row {row}, column {column.name}",
+            self._with_page(
+                decode_into,
+                column,
+                row,
                 ids=ids[:, part],
                 logprob=logprob[:, part],
                 log_tail=log_tail if column is columns[-1] else None,
@@ -272,24 +271,26 @@ class BatchView:
         columns = self._schema.topk_columns(wanted)
         if self._proven is not None and not self._proven.rows("topk", columns[-1].rank_end)[row]:
             self.topk(row, wanted)
-        return [
-            parse_page(
-                self._page(column.name, row),
-                column.page_shape(self.response_len(row)),
-                encoding=self._schema.encoding,
-                id_table=self._id_table,
-                where=f"{self.where}, row {row}, column {column.name}",
-            )
-            for column in columns
-        ]
+        return [self._with_page(parse_page, column, row) for column in columns]
 
     def _decoded(self, column: PackedColumn, row: int) -> Band:
-        return decode_page(
+        return self._with_page(decode_page, column, row)
+
+    def _with_page(
+        self,
+        read: Callable[..., _Read],
+        column: PackedColumn,
+        row: int,
+        **more: NDArray[Any] | None,
+    ) -> _Read:
+        """What one of the readers of pages makes of a page."""
+        return read(
             self._page(column.name, row),
             column.page_shape(self.response_len(row)),
             encoding=self._schema.encoding,
             id_table=self._id_table,
             where=f"{self.where}, row {row}, column {column.name}",
+            **more,
         )
 
     def _prove(self, kind: str, ranks: int, band: Band, row: int) -> None:

@@ -21,7 +21,7 @@ from opd_store.record_batches import RecordBatches
 from opd_store.rollout import Rollout
 from opd_store.schema import SCALARS, CacheSchema, arrow_schema
 from opd_store.shard import ShardInfo, ShardReader, require_size
-from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, RemoteStorage, Stats, resolve
+from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, Stats, Storage, resolve
 from opd_store.table import rollouts_to_arrow
 from opd_store.watch import FileWatch
 
@@ -62,11 +62,11 @@ def open_cache(
     return _open_version(storage, pin, check_values=check_values)
 
 
-def _open_version(storage: LocalStorage | RemoteStorage, pin: str | None, *, check_values: bool) -> Cache:
+def _open_version(storage: Storage, pin: str | None, *, check_values: bool) -> Cache:
     return Cache(storage, *load_manifest(storage, pin), check_values=check_values)
 
 
-def load_manifest(storage: LocalStorage | RemoteStorage, pin: str | None = None) -> tuple[Manifest, str]:
+def load_manifest(storage: Storage, pin: str | None = None) -> tuple[Manifest, str]:
     """The newest manifest, or the pinned one, and its digest."""
     versions = storage.versions()
     if not versions:
@@ -113,7 +113,7 @@ class Cache(Sequence[Rollout]):
 
     def __init__(
         self,
-        storage: LocalStorage | RemoteStorage,
+        storage: Storage,
         manifest: Manifest,
         digest: str,
         *,
@@ -238,6 +238,37 @@ class Cache(Sequence[Rollout]):
         """
         return self._batches.id_table
 
+    def lengths(
+        self, rows: Sequence[int] | NDArray[np.int64], *, max_tokens: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[S] tokens, and response tokens, of rollouts that are cut after `max_tokens`. From the index.
+
+        Raises:
+            IndexError: no such row.
+            InvalidArgumentError: a prompt that `max_tokens` leaves no response to.
+        """
+        wanted = self.require_rows(np.asarray(rows, np.int64))
+        lengths = self.row_tokens[wanted].astype(np.int64)
+        responses = self.row_response_tokens[wanted].astype(np.int64)
+        if max_tokens is not None:
+            beyond = np.maximum(lengths - max_tokens, 0)
+            lengths, responses = lengths - beyond, responses - beyond
+            if responses.min(initial=1) < 1:
+                at = int(responses.argmin())
+                raise InvalidArgumentError(
+                    f"{self.uri}: row {wanted[at]} has a prompt of {lengths[at] - responses[at]} tokens; "
+                    f"max_tokens={max_tokens} leaves no response"
+                )
+        return lengths, responses
+
+    def require_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """These rows. Raises IndexError where one does not exist. Internal to the package."""
+        # Negative numbers are large ones without their sign.
+        if len(rows) and rows.view(np.uint64).max() >= len(self):
+            wrong = rows[(rows < 0) | (rows >= len(self))][0]
+            raise IndexError(f"{self.uri}: row {wrong} of {len(self)}")
+        return rows
+
     def prefetch(
         self, rows: Sequence[int], *, ranks: int | None = None, columns: Collection[str] | None = None
     ) -> None:
@@ -252,9 +283,7 @@ class Cache(Sequence[Rollout]):
             IntegrityError, FormatError: a shard is damaged.
         """
         parts = self._parts(ranks, columns)
-        wanted = np.unique(np.asarray(rows, np.int64))
-        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
-            raise IndexError(f"{self.uri}: rows {wanted[0]} to {wanted[-1]} of {len(self)}")
+        wanted = self.require_rows(np.asarray(rows, np.int64))
         for number in np.unique(self._batches.first_row.searchsorted(wanted, side="right") - 1).tolist():
             self._batches.prefetch(number, parts)
 

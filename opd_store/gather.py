@@ -14,7 +14,8 @@ from opd_store import kernels, layout
 from opd_store.batch import BatchView
 from opd_store.cache import Cache
 from opd_store.errors import InvalidArgumentError
-from opd_store.schema import CacheSchema, PackedColumn
+from opd_store.rollout import SUPPORTS
+from opd_store.schema import RESPONSE_LISTS, CacheSchema, PackedColumn
 
 Allocate = Callable[[str, tuple[int, ...], Any], NDArray[Any]]
 """Makes the array for a named field: (name, shape, dtype) -> array to be filled."""
@@ -44,16 +45,8 @@ class Packed:
     """[N] nats."""
 
 
-FIELDS = (
-    "loss_mask",
-    "teacher_logprob",
-    "behaviour_logprob",
-    "reference_logprob",
-    "topk_ids",
-    "topk_logprob",
-    "log_tail",
-)
-_LISTS, _TOPK = FIELDS[:4], frozenset(FIELDS[4:])
+_LISTS, _TOPK = tuple(RESPONSE_LISTS), tuple(name for name in SUPPORTS["topk"] if name)
+FIELDS = (*_LISTS, *_TOPK)
 _WORD = 4
 Run = tuple[BatchView, int, int]
 """Neighbours: their record batch, and which rows [first, end) of it they are."""
@@ -83,21 +76,15 @@ def gather(
             no response to.
         IntegrityError, FormatError: a shard is damaged.
     """
+    unknown = sorted(set(columns) - set(FIELDS))
+    if unknown:
+        raise InvalidArgumentError(f"columns: {unknown[0]!r:.100} is not one of {', '.join(FIELDS)}")
     wanted = np.asarray(rows, np.int64)
-    _check(cache, wanted, ranks, columns)
-    lengths = cache.row_tokens[wanted].astype(np.int64)
-    responses = cache.row_response_tokens[wanted].astype(np.int64)
-    if max_tokens is not None:
-        cut = np.maximum(lengths - max_tokens, 0)
-        lengths, responses = lengths - cut, responses - cut
-        if responses.min() < 1:
-            at = int(responses.argmin())
-            raise InvalidArgumentError(
-                f"{cache.uri}: row {wanted[at]} has a prompt of {lengths[at] - responses[at]} tokens; "
-                f"max_tokens={max_tokens} leaves no response"
-            )
+    if not len(wanted):
+        raise InvalidArgumentError("rows: expected one or more, found none")
+    lengths, responses = cache.lengths(wanted, max_tokens=max_tokens)
     runs = cache.runs(wanted, ranks=ranks, columns=columns)
-    if max_tokens is not None and cut.any():
+    if max_tokens is not None and (lengths < cache.row_tokens[wanted]).any():
         runs = _single_rows(runs)
     make = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
     fields: dict[str, Any] = dict.fromkeys(FIELDS)
@@ -109,22 +96,9 @@ def gather(
     for name in _LISTS:
         if name in columns:
             fields[name] = _joined(name, runs, starts, bounds, make)
-    if cache.topk and ranks != 0 and not _TOPK.isdisjoint(columns):
+    if cache.topk and ranks != 0 and not set(_TOPK).isdisjoint(columns):
         fields |= _topk(cache.schema, cache.topk if ranks is None else ranks, runs, starts, make)
     return Packed(lengths, responses, **fields)
-
-
-def _check(cache: Cache, rows: NDArray[np.int64], ranks: int | None, columns: Collection[str]) -> None:
-    unknown = sorted(set(columns) - set(FIELDS))
-    if unknown:
-        raise InvalidArgumentError(f"columns: {unknown[0]!r:.100} is not one of {', '.join(FIELDS)}")
-    if ranks is not None and not 0 <= ranks <= cache.topk:
-        raise InvalidArgumentError(f"ranks: expected 0..{cache.topk} (the stored top-k), found {ranks}")
-    if not len(rows):
-        raise InvalidArgumentError("rows: expected one or more, found none")
-    if rows.min() < 0 or rows.max() >= len(cache):
-        wrong = rows[(rows < 0) | (rows >= len(cache))][0]
-        raise IndexError(f"{cache.uri}: row {wrong} of {len(cache)}")
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,11 +25,6 @@ def crc32c(data: Buffer, value: int = 0) -> int:
     return int(google_crc32c.extend(value, np.frombuffer(data, np.uint8) if len(data) else b""))
 
 
-def digest_bytes(data: Buffer) -> str:
-    """`sha256:` and 64 lower-case hexadecimal digits."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
 def digest_to_raw(digest: str, *, what: str) -> bytes:
     """The 32 bytes of a `sha256:...` string.
 

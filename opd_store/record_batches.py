@@ -20,7 +20,7 @@ from opd_store.encodings import IdTable
 from opd_store.index import ShardTable
 from opd_store.manifest import Manifest
 from opd_store.shard import MappedShard, Proof, ShardReader, ShardSource
-from opd_store.storage import LocalStorage, RemoteStorage
+from opd_store.storage import LocalStorage, Storage
 from opd_store.watch import FileWatch
 
 _OPEN_BATCHES = 4096
@@ -58,7 +58,7 @@ class RecordBatches:
 
     def __init__(
         self,
-        storage: LocalStorage | RemoteStorage,
+        storage: Storage,
         shards: ShardTable,
         manifest: Manifest,
         arrow: pa.Schema,

@@ -167,11 +167,8 @@ def _mask_of(cache: Cache, rows: Sequence[int] | NDArray[np.integer[Any]] | None
         raise InvalidArgumentError(
             f"rows: expected row numbers in one dimension, found {wanted.dtype} of shape {list(wanted.shape)}"
         )
-    wrong = (wanted < 0) | (wanted >= len(cache))
-    if wrong.any():
-        raise IndexError(f"{cache.uri}: row {wanted[wrong][0]} of {len(cache)}")
     mask = np.zeros(len(cache), bool)
-    mask[wanted.astype(np.int64)] = True
+    mask[cache.require_rows(wanted.astype(np.int64))] = True
     return mask
 
 

@@ -25,7 +25,7 @@ from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.rollout import checked
 from opd_store.schema import arrow_schema
 from opd_store.shard import MappedShard, ShardInfo, ShardReader, file_digest, part_slices
-from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, RemoteStorage, resolve
+from opd_store.storage import DEFAULT_CACHE_BYTES, Storage, resolve
 from opd_store.watch import FileWatch
 
 
@@ -100,9 +100,7 @@ def verify(
     return report
 
 
-def _check_history(
-    storage: LocalStorage | RemoteStorage, cache: Cache, report: VerifyReport
-) -> Iterator[OpdError]:
+def _check_history(storage: Storage, cache: Cache, report: VerifyReport) -> Iterator[OpdError]:
     report.versions = 1
     child = cache.manifest
     for sequence in range(cache.version - 1, 0, -1):
@@ -124,7 +122,7 @@ def _check_history(
         report.versions += 1
 
 
-def _read_parent(storage: LocalStorage | RemoteStorage, name: str, child: Manifest) -> Manifest:
+def _read_parent(storage: Storage, name: str, child: Manifest) -> Manifest:
     where = storage.describe(name)
     try:
         data = storage.read(name, layout.MAX_MANIFEST_BYTES)
@@ -138,7 +136,7 @@ def _read_parent(storage: LocalStorage | RemoteStorage, name: str, child: Manife
 
 
 def _check_shard(
-    storage: LocalStorage | RemoteStorage,
+    storage: Storage,
     cache: Cache,
     info: ShardInfo,
     first_row: int,

@@ -116,7 +116,7 @@ class BatchAssembler:
             IntegrityError, FormatError: a shard is damaged.
         """
         runs = self._runs(source, rows)
-        sizes = [self._sizes(run.cache, run.rows) for run in runs]
+        sizes = [run.cache.lengths(run.rows, max_tokens=self._max_tokens) for run in runs]
         lengths, responses = (np.concatenate(part) for part in zip(*sizes, strict=True))
         paged = self.device_decode and all(self._has_pages(run.cache) for run in runs)
         topk = (
@@ -151,31 +151,10 @@ class BatchAssembler:
         else:
             bounds = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(wanted)]
             sources = [int(source[first]) for first in bounds[:-1]]
-        runs = [
+        return [
             _Run(number, self._caches[number], wanted[first:last], first, last)
             for number, (first, last) in zip(sources, pairwise(bounds), strict=True)
         ]
-        for run in runs:
-            # Negative numbers are large ones without their sign.
-            if run.rows.view(np.uint64).max() >= len(run.cache):
-                wrong = run.rows[(run.rows < 0) | (run.rows >= len(run.cache))][0]
-                raise IndexError(f"{run.cache.uri}: row {wrong} of {len(run.cache)}")
-        return runs
-
-    def _sizes(self, cache: Cache, rows: Rows) -> tuple[Rows, Rows]:
-        """[S] tokens, and response tokens, of rollouts after the cut."""
-        lengths = cache.row_tokens[rows].astype(np.int64)
-        responses = cache.row_response_tokens[rows].astype(np.int64)
-        if self._max_tokens is not None:
-            beyond = np.maximum(lengths - self._max_tokens, 0)
-            lengths, responses = lengths - beyond, responses - beyond
-            if responses.min() < 1:
-                at = int(responses.argmin())
-                raise InvalidArgumentError(
-                    f"{cache.uri}: row {rows[at]} has a prompt of {lengths[at] - responses[at]} tokens; "
-                    f"max_tokens={self._max_tokens} leaves no response"
-                )
-        return lengths, responses
 
     def _read(self, run: _Run, packing: Packing, *, without_topk: bool) -> set[str]:
         """Fill in the rollouts of one cache; the optional fields that all of them have."""
@@ -203,7 +182,7 @@ class BatchAssembler:
         if theirs.min() < 0:
             return
         ours = self._caches[0]
-        lengths, responses = self._sizes(cache, theirs)
+        lengths, responses = cache.lengths(theirs, max_tokens=self._max_tokens)
         tokens = np.empty(packing.n_tokens, np.uint32)
         expected = np.diff(packing.token_starts), np.diff(packing.response_starts)
         for what, one, other in zip(

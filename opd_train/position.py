@@ -70,9 +70,7 @@ def resume(
             _mismatch("rank", rank, ranks[0])
         position = positions[0]
         if position.worker not in (None, worker):
-            _mismatch(
-                "worker", worker, position.worker, "it is of a DataLoader's worker; load it through that"
-            )
+            _mismatch("worker", worker, position.worker, _OF_WORKER)
     else:
         if sorted(ranks) != list(range(sizes[0])):
             if isinstance(states, Mapping):

@@ -7,9 +7,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
-
-import pyarrow as pa
 
 from opd_store.errors import InvalidArgumentError
 from opd_store.storage.address import WRITE_LOCALLY, parse
@@ -33,31 +30,8 @@ __all__ = [
 ]
 
 
-class Storage(Protocol):
-    """What reading needs of a place. `LocalStorage` maps shards; `RemoteStorage.open_shard` fetches them."""
-
-    @property
-    def uri(self) -> str:
-        """The root as the user wrote it, without passwords and queries."""
-
-    @property
-    def is_local(self) -> bool:
-        """Whether files can be mapped where they are."""
-
-    def describe(self, name: str) -> str:
-        """The full name of a file, for messages."""
-
-    def versions(self) -> list[int]:
-        """Numbers of all manifests, rising; empty where there is no cache."""
-
-    def read(self, name: str, limit: int) -> bytes:
-        """A whole small file."""
-
-    def load(self, name: str, n_bytes: int, sha256: bytes) -> pa.Buffer:
-        """A whole file, compared with its digest."""
-
-    def map(self, name: str) -> pa.Buffer:
-        """A whole file, unchecked."""
+Storage = LocalStorage | RemoteStorage
+"""What reading takes: both know `describe`, `versions`, `read`, `load` and `map`; see there."""
 
 
 def resolve(
@@ -67,7 +41,7 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     retry: Retry | None = None,
-) -> tuple[LocalStorage | RemoteStorage, str | None]:
+) -> tuple[Storage, str | None]:
     """Split `path[@sha256:...]` or `url[@sha256:...]` into storage and pin. Nothing is read yet.
 
     Args:

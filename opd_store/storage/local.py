@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from opd_store import kernels, layout
 from opd_store.errors import CacheNotFoundError, IntegrityError, StorageError
+from opd_store.shard import file_digest
 
 TEMP_DIR = "tmp"
 
@@ -127,7 +127,7 @@ class LocalStorage:
             IntegrityError: it is missing, or not the one with this digest.
         """
         buffer = self.map(name)
-        if buffer.size != n_bytes or hashlib.sha256(buffer).digest() != sha256:
+        if buffer.size != n_bytes or file_digest(buffer) != sha256:
             where = self.describe(name)
             raise IntegrityError(
                 f"{where}: not the {n_bytes} bytes with the digest in its name. Fetch it again.", uri=where

@@ -24,37 +24,22 @@ def local(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def web(tmp_path_factory) -> Iterator[servers.WebServer]:
-    with servers.web_server(tmp_path_factory.mktemp("web")) as server:
-        yield server
+def server(start):
+    """A fixture: one such server for all tests."""
+
+    @pytest.fixture(scope="session")
+    def running(tmp_path_factory) -> Iterator[servers.Server]:
+        with start(tmp_path_factory.mktemp("server")) as found:
+            yield found
+
+    return running
 
 
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory) -> Iterator[servers.WebServer]:
-    """A data set on something like Hugging Face."""
-    with servers.web_server(tmp_path_factory.mktemp("hub"), servers.HubHandler) as server:
-        server.options = {"endpoint": server.root, "token": servers.SECRET}
-        server.root = "hf://datasets/user/name@main"
-        yield server
-
-
-@pytest.fixture(scope="session")
-def moto(tmp_path_factory) -> Iterator[servers.Server]:
-    with servers.moto(tmp_path_factory.mktemp("moto")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def seaweedfs(tmp_path_factory) -> Iterator[servers.Server]:
-    with servers.seaweedfs(tmp_path_factory.mktemp("weed")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def fake_gcs(tmp_path_factory) -> Iterator[servers.Server]:
-    with servers.fake_gcs(tmp_path_factory.mktemp("gcs")) as server:
-        yield server
+web = server(servers.web_server)
+hub = server(servers.hub)
+moto = server(servers.moto)
+seaweedfs = server(servers.seaweedfs)
+fake_gcs = server(servers.fake_gcs)
 
 
 @pytest.fixture(scope="session")

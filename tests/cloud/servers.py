@@ -137,6 +137,15 @@ def web_server(directory: Path, handler: type[RangeHandler] = RangeHandler) -> I
 
 
 @contextlib.contextmanager
+def hub(directory: Path) -> Iterator[WebServer]:
+    """A data set on something like Hugging Face."""
+    with web_server(directory, HubHandler) as server:
+        server.options = {"endpoint": server.root, "token": SECRET}
+        server.root = "hf://datasets/user/name@main"
+        yield server
+
+
+@contextlib.contextmanager
 def moto(directory: Path) -> Iterator[Server]:
     """A simulated S3, in a process of its own: it has warnings, which are errors here."""
     with _free_ports(1) as (port,):

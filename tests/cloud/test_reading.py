@@ -7,8 +7,9 @@ import pickle
 
 import numpy as np
 import pytest
+from cloud import places
 from cloud.fault_proxy import Fault, FaultProxy
-from cloud.servers import Server, s3_options
+from cloud.servers import s3_options
 from store.caches import assert_same
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,6 @@ from opd_store.cache import Cache, load_manifest
 from opd_store.storage import Retry, resolve
 from opd_train import CacheStream
 
-MEMORY = Server("memory://root")
 QUICK = Retry(tries=4, deadline_s=10, attempt_s=0.4, first_delay_s=0.001, max_delay_s=0.01)
 PASSING = [fault for fault in Fault if fault.is_passing]
 
@@ -112,10 +112,8 @@ class ReaderContract:
         assert_same(cache[5], here[5])
 
 
-class TestLocal(ReaderContract):
-    @pytest.fixture
-    def place(self, local):
-        return str(local), None
+class TestLocal(places.Local, ReaderContract):
+    pass
 
 
 class RemoteReaderContract(ReaderContract):
@@ -156,47 +154,33 @@ class RemoteReaderContract(ReaderContract):
         assert_same_batches(epoch(open_it(cache_dir=tmp_path / "kept")), expected)
 
 
-class TestMemory(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local):
-        return MEMORY.put(local, "reading"), {}
+class TestMemory(places.Memory, RemoteReaderContract):
+    pass
 
 
-class TestWeb(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local, web):
-        return web.put(local, "cache"), {}
+class TestWeb(places.Web, RemoteReaderContract):
+    pass
 
 
-class TestHub(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local, hub):
-        return hub.put(local, "cache"), hub.options
+class TestHub(places.Hub, RemoteReaderContract):
+    pass
 
 
-class TestMoto(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local, moto):
-        return moto.put(local, "cache"), moto.options
+class TestMoto(places.Moto, RemoteReaderContract):
+    pass
 
 
-class TestSeaweedFS(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local, seaweedfs):
-        return seaweedfs.put(local, "cache"), seaweedfs.options
+class TestSeaweedFS(places.SeaweedFS, RemoteReaderContract):
+    pass
 
 
-class TestFakeGcs(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local, fake_gcs):
-        return fake_gcs.put(local, "cache"), fake_gcs.options
+class TestFakeGcs(places.FakeGcs, RemoteReaderContract):
+    pass
 
 
 @pytest.mark.cloud
-class TestAzurite(RemoteReaderContract):
-    @pytest.fixture
-    def place(self, local, azurite):
-        return azurite.put(local, "cache"), azurite.options
+class TestAzurite(places.Azurite, RemoteReaderContract):
+    pass
 
 
 @pytest.fixture
