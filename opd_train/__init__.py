@@ -12,7 +12,7 @@ from opd_train.live import LiveSource
 from opd_train.loader import CacheLoader, WorkerError
 from opd_train.losses import sampled_token_loss, topk_forward_kl, topk_reverse_kl
 from opd_train.models import CausalLM, load_causal_lm, weights_digest
-from opd_train.objectives import Objective
+from opd_train.objectives import LossConfig, Objective
 from opd_train.order import Shuffle
 from opd_train.pages import PageDecoder, TopK
 from opd_train.pipeline import roll_out, score_cache
@@ -35,6 +35,7 @@ __all__ = [
     "DistillConfig",
     "Estimate",
     "LiveSource",
+    "LossConfig",
     "Objective",
     "PageDecoder",
     "Prompt",

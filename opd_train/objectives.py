@@ -5,7 +5,8 @@ Axes: N = response tokens that count, K = ranks used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -48,10 +49,23 @@ class BatchLoss:
     """Detached sums for `summarise`."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What one token contributes to the loss."""
+
+    objective: Objective
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    clip: float = 10.0
+    """Largest advantage in nats, for objective "lightning" (arXiv 2604.13010, table 6)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objective", Objective(self.objective))
+        if not 0 < self.clip < math.inf:
+            raise InvalidArgumentError(f"clip: expected more than 0, found {self.clip}")
+
+
 def distill_loss(
-    objective: Objective,
-    correction: CorrectionConfig,
-    clip: float,
+    config: LossConfig,
     *,
     hidden: Tensor,
     lm_head: LmHead,
@@ -61,13 +75,13 @@ def distill_loss(
     """The summed loss of one batch.
 
     Args:
-        clip: largest advantage in nats, for LIGHTNING.
         hidden: [N, H] hidden states that predict each response token, in the order of `batch.response_index`.
         chunk: positions whose logits exist at a time.
 
     Raises:
         InvalidArgumentError: the batch lacks what the objective or the correction needs.
     """
+    objective, correction, clip = config.objective, config.correction, config.clip
     mask = batch.loss_mask
     target_N = batch.target_ids[mask]
     student_logprob_all = hidden.new_zeros(len(mask), dtype=torch.float32)

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +26,9 @@ from opd_train.checkpoint import (
     save_model,
     storage_errors,
 )
-from opd_train.corrections import CorrectionConfig
 from opd_train.forward import response_hidden
 from opd_train.models import CausalLM, load_causal_lm, read_provenance
-from opd_train.objectives import Objective, distill_loss, summarise
+from opd_train.objectives import LossConfig, distill_loss, summarise
 
 METRICS_FILE = "metrics.jsonl"
 FINAL_DIR = "final"
@@ -39,10 +38,7 @@ FINAL_DIR = "final"
 class DistillConfig:
     """One training run. Two runs with equal configs, students and sources end in equal weights."""
 
-    objective: Objective
-    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    clip: float = 10.0
-    """Largest advantage in nats, for objective "lightning" (arXiv 2604.13010, table 6)."""
+    loss: LossConfig
     steps: int
     """Optimizer steps."""
     lr: float = 2e-6
@@ -66,8 +62,7 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "objective", Objective(self.objective))
-        for name in ("clip", "steps", "lr", "accumulate", "head_chunk"):
+        for name in ("steps", "lr", "accumulate", "head_chunk"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidArgumentError(f"{name}: expected more than 0, found {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "save_every"):
@@ -224,9 +219,7 @@ class Trainer:
                 self.student.model.train()
                 with self._autocast(batch):
                     result = distill_loss(
-                        config.objective,
-                        config.correction,
-                        config.clip,
+                        config.loss,
                         hidden=response_hidden(self.student, batch),
                         lm_head=self.student.logits,
                         batch=batch,

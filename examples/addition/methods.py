@@ -20,6 +20,7 @@ from opd_train import (
     CorrectionKind,
     DistillConfig,
     LiveSource,
+    LossConfig,
     Objective,
     Prompt,
     Stopwatch,
@@ -143,8 +144,7 @@ def run_method(root: Path, method: Method, seed: int, cache_seconds: dict[str, f
     test = read_prompts(root / "test.jsonl", student)
     stopwatch = Stopwatch()
     config = DistillConfig(
-        objective=method.objective,
-        correction=CorrectionConfig(kind=method.correction),
+        loss=LossConfig(objective=method.objective, correction=CorrectionConfig(kind=method.correction)),
         steps=STEPS,
         lr=LR,
         weight_decay=0.0,

@@ -15,6 +15,7 @@ from opd_train import (
     CacheStream,
     DeviceFeed,
     DistillConfig,
+    LossConfig,
     Objective,
     PageDecoder,
     Trainer,
@@ -57,7 +58,7 @@ def test_training_in_bfloat16_lowers_the_loss(model_dir, tmp_path):
     score_cache(teacher, _rollouts(32), meta, tmp_path / "cache", topk=4, encoding="plain")
     stream = CacheStream(opd_store.open(tmp_path / "cache"), batch_rollouts=8, epochs=None, device="cuda")
     losses = []
-    config = DistillConfig(objective=Objective.FORWARD_KL, steps=20, lr=1e-3, autocast=True)
+    config = DistillConfig(loss=LossConfig(objective=Objective.FORWARD_KL), steps=20, lr=1e-3, autocast=True)
     Trainer(student, stream, config, on_step=lambda _, metrics: losses.append(metrics["loss"])).run()
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 

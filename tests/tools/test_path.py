@@ -155,4 +155,5 @@ def test_what_is_trained_by_default(opd, work, cache, tmp_path, options, objecti
     args = ("train", cache, "--student", work / "student", "--out", tmp_path / "run", "--steps", 1)
     opd(*args, *options).ok()
     config = json.loads((tmp_path / "run/final/opd.json").read_text())["config"]
-    assert (config["objective"], config["correction"]) == (objective, {"kind": kind, "cap": cap})
+    loss = config["loss"]
+    assert (loss["objective"], loss["correction"]) == (objective, {"kind": kind, "cap": cap})

@@ -19,6 +19,7 @@ from opd_train import (
     CorrectionConfig,
     CorrectionKind,
     DistillConfig,
+    LossConfig,
     TeacherBatch,
     Trainer,
     collate,
@@ -84,8 +85,10 @@ def curves(root: Path) -> dict[str, list[dict[str, float]]]:
             rows.append({name: metrics[name] for name in WATCHED if name in metrics})
 
         config = DistillConfig(
-            objective=objective,  # type: ignore[arg-type]
-            correction=CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=2.0),
+            loss=LossConfig(
+                objective=objective,  # type: ignore[arg-type]
+                correction=CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=2.0),
+            ),
             steps=STEPS,
             lr=3e-3,
             warmup_steps=4,

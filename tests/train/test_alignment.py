@@ -13,9 +13,9 @@ import torch
 from train.tiny_models import CONTEXT, VOCAB, loaded, random_rollouts, scored_cache
 
 from opd_store import Rollout, SamplerInfo
-from opd_train import CacheStream, CorrectionConfig, Objective, Prompt, cache_divergence, sample_rollouts
+from opd_train import CacheStream, Objective, Prompt, cache_divergence, sample_rollouts
 from opd_train.forward import response_hidden
-from opd_train.objectives import distill_loss, summarise
+from opd_train.objectives import LossConfig, distill_loss, summarise
 
 OBJECTIVES = list(Objective)
 
@@ -73,9 +73,7 @@ def test_equal_models_have_nothing_to_learn(counting, successor, objective):
     for batch in batches(counting):
         with torch.no_grad():
             result = distill_loss(
-                objective,
-                CorrectionConfig(),
-                10.0,
+                LossConfig(objective=objective),
                 hidden=response_hidden(successor, batch),
                 lm_head=successor.logits,
                 batch=batch,
@@ -103,7 +101,7 @@ def test_a_shift_by_one_would_cost_tens_of_nats(counting, successor, objective, 
         else:
             hidden = hidden.roll(shift, dims=0)
         result = distill_loss(
-            objective, CorrectionConfig(), 1e9, hidden=hidden, lm_head=successor.logits, batch=batch
+            LossConfig(objective=objective, clip=1e9), hidden=hidden, lm_head=successor.logits, batch=batch
         )
     size = abs(result.loss.item())
     assert size / result.n_kept > 10

@@ -12,11 +12,15 @@ from train.tiny_models import VOCAB, loaded, random_rollouts, scored_cache
 from opd_store import InvalidArgumentError
 from opd_train import CorrectionConfig, CorrectionKind, Objective, collate, correction_weights
 from opd_train.forward import response_hidden
-from opd_train.objectives import distill_loss, summarise
+from opd_train.objectives import LossConfig, distill_loss, summarise
 
 NONE = CorrectionConfig()
 TIS = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=1.5)
 CLIP = 2.0
+
+
+def config(objective, correction):
+    return LossConfig(objective=objective, correction=correction, clip=CLIP)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_value_count_and_gradient(batch, student, hidden, objective, correction,
     wanted.backward()
     ours = hidden.clone().requires_grad_()
     result = distill_loss(
-        objective, correction, CLIP, hidden=ours, lm_head=student.logits, batch=marked, chunk=chunk
+        config(objective, correction), hidden=ours, lm_head=student.logits, batch=marked, chunk=chunk
     )
     result.loss.backward()
     assert result.n_kept == n
@@ -91,7 +95,7 @@ def test_value_count_and_gradient(batch, student, hidden, objective, correction,
 def test_the_monitors(batch, student, hidden):
     with torch.no_grad():
         result = distill_loss(
-            Objective.FORWARD_KL, TIS, CLIP, hidden=hidden, lm_head=student.logits, batch=batch
+            config(Objective.FORWARD_KL, TIS), hidden=hidden, lm_head=student.logits, batch=batch
         )
         log_q = torch.log_softmax(student.logits(hidden).double(), dim=-1)[batch.loss_mask]
     found = summarise(result.sums)
@@ -125,7 +129,7 @@ def test_equal_policies_weigh_exactly_one(batch, student, hidden, objective, mon
         return weights(config, student_logprob, *rest)
 
     def run(correction, batch):
-        return distill_loss(objective, correction, CLIP, hidden=hidden, lm_head=student.logits, batch=batch)
+        return distill_loss(config(objective, correction), hidden=hidden, lm_head=student.logits, batch=batch)
 
     seen, weights = [], correction_weights
     monkeypatch.setattr("opd_train.objectives.correction_weights", spy)
@@ -140,7 +144,7 @@ def test_equal_policies_weigh_exactly_one(batch, student, hidden, objective, mon
 def test_what_an_objective_lacks_is_named(batch, student, hidden):
     def run(objective, correction=NONE, **missing):
         lacking = dataclasses.replace(batch, **missing)
-        distill_loss(objective, correction, CLIP, hidden=hidden, lm_head=student.logits, batch=lacking)
+        distill_loss(config(objective, correction), hidden=hidden, lm_head=student.logits, batch=lacking)
 
     with pytest.raises(InvalidArgumentError, match="'lightning' needs teacher_logprob"):
         run(Objective.LIGHTNING, teacher_logprob=None)
@@ -156,9 +160,15 @@ def test_what_an_objective_lacks_is_named(batch, student, hidden):
 def test_a_batch_without_a_counted_token_has_a_zero_gradient(batch, student, hidden, objective):
     masked = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
     ours = hidden.clone().requires_grad_()
-    result = distill_loss(objective, NONE, CLIP, hidden=ours, lm_head=student.logits, batch=masked)
+    result = distill_loss(config(objective, NONE), hidden=ours, lm_head=student.logits, batch=masked)
     assert result.n_kept == 0
     result.loss.backward()
     assert result.loss.item() == 0
     assert ours.grad is None or (ours.grad == 0).all()
     assert summarise(result.sums)["loss"] == 0
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_clip_that_makes_no_sense(clip):
+    with pytest.raises(InvalidArgumentError, match="clip: expected more than 0"):
+        LossConfig(objective=Objective.LIGHTNING, clip=clip)

@@ -126,7 +126,6 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
     source, fields, provenance = prepare(cache, lm, stopwatch, options)
     config = DistillConfig(
         steps=options["steps"],
-        clip=options["clip"],
         lr=options["lr"],
         warmup_steps=options["warmup_steps"],
         final_lr_share=options["final_lr_share"],
@@ -179,7 +178,7 @@ Prepared = tuple["BatchSource", dict[str, Any], dict[str, Any]]
 
 
 def _objective(options: dict[str, Any], *, topk: int) -> dict[str, Any]:
-    from opd_train import CorrectionConfig, CorrectionKind, Objective, resolve_objective
+    from opd_train import CorrectionConfig, CorrectionKind, LossConfig, Objective, resolve_objective
 
     objective = Objective(options["objective"]) if options["objective"] else None
     correction = None
@@ -187,7 +186,7 @@ def _objective(options: dict[str, Any], *, topk: int) -> dict[str, Any]:
         correction = CorrectionConfig(kind=CorrectionKind(options["correction"]), cap=options["cap"])
     chosen, correction = resolve_objective(objective, correction, topk=topk)
     correction = dataclasses.replace(correction, cap=options["cap"])
-    return {"objective": chosen, "correction": correction}
+    return {"loss": LossConfig(objective=chosen, correction=correction, clip=options["clip"])}
 
 
 def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
@@ -197,15 +196,15 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     assert uri is not None
     cache = opd_store.open(uri, **options["access"])
     fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
-    teacher_used = fields["objective"] is not Objective.CROSS_ENTROPY
+    teacher_used = fields["loss"].objective is not Objective.CROSS_ENTROPY
     allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"], teacher_used=teacher_used)
-    if fields["correction"].needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
+    if fields["loss"].correction.needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
         raise InvalidArgumentError(
             f"{cache.uri}: correction {fields['correction'].kind.value!r} needs behaviour_logprob, "
             "which row 0 lacks; "
             "score again with --reference, or pass --correction none"
         )
-    needs_topk = fields["objective"].needs_topk
+    needs_topk = fields["loss"].objective.needs_topk
     stream = CacheStream(
         cache,
         batch_tokens=options["batch_tokens"],
@@ -267,7 +266,7 @@ def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str
         read_prompts(options["prompts"], lm),
         sampler,
         batch_rollouts=options["batch_rollouts"] or 64,
-        topk=min(options["topk"], teacher.vocab_size) if fields["objective"].needs_topk else 0,
+        topk=min(options["topk"], teacher.vocab_size) if fields["loss"].objective.needs_topk else 0,
         batch_tokens=options["batch_tokens"],
         stopwatch=stopwatch,
     )
