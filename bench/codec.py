@@ -1,6 +1,6 @@
 """Encode and decode speed of every peer layout and encoding of ours, as ratios to Parquet.
 
-    python bench/codec.py runs/bench-data [--positions 8192] [--topk 8,16,32,64,128] [--repeats 9]
+    python bench/codec.py runs/bench-data [--positions 8192] [--topk 8,16,32,64,128] [--repeats 9] [--numpy]
 
 DATA_DIR is what bench/data.py wrote. All sides start from the same arrays in memory and end with int32 ids
 and float32 log-probs of all positions in two arrays; nothing touches a disk, and each side is one thread. A
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from peers import PARQUET, Peer, peers
 from windows import Windows
 
-from opd_store import IdTable
+from opd_store import IdTable, kernels
 
 FEW_RANKS = 8
 ALL_RANKS = 64
@@ -139,8 +139,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--positions", type=int, default=8192, help="in whole windows")
     parser.add_argument("--topk", default="8,16,32,64,128", help="ranks kept, comma-separated")
     parser.add_argument("--repeats", type=int, default=9, help="pairs behind each median")
+    parser.add_argument("--numpy", action="store_true", help="ours without the compiled loops")
     args = parser.parse_args(argv)
+    kernels.COMPILED = kernels.COMPILED and not args.numpy
     print(machine.header(packages=(*machine.PACKAGES, "safetensors")))
+    print(f"ours: {'compiled loops' if kernels.COMPILED else 'numpy'}")
     data = windows.load(args.data_dir, positions=args.positions)
     table = ours.id_table(args.data_dir)
     about = f"{data.label}; vocabulary {data.vocab_size:,}; {data.n_positions:,} positions"
