@@ -2,6 +2,7 @@
 
 from opd_store.cache import Cache
 from opd_store.cache import open_cache as open
+from opd_store.consistency import ConsistencyReport, check_consistency
 from opd_store.create import append, create
 from opd_store.encodings import (
     ENCODINGS,
@@ -46,6 +47,7 @@ __all__ = [
     "CacheNotFoundError",
     "CacheSchema",
     "CommitConflictError",
+    "ConsistencyReport",
     "Cut",
     "FloatStreams",
     "FormatError",
@@ -69,6 +71,7 @@ __all__ = [
     "Writer",
     "append",
     "build_id_table",
+    "check_consistency",
     "create",
     "diff_meta",
     "gather",

@@ -181,6 +181,13 @@ class BatchView:
         """A native column as Arrow sees it."""
         return self._batch.column(name)
 
+    def policy_versions(self, first: int, end: int) -> NDArray[np.int64] | None:
+        """[end - first] which version of the policy sampled each of some rows; None if one does not say."""
+        column = self._batch.column("policy_version")
+        if column.null_count and column.slice(first, end - first).null_count:
+            return None
+        return _values(column, np.int64)[first:end]
+
     def list_row(self, name: str, row: int) -> NDArray[Any] | None:
         """One row of a list column as a view, None where absent."""
         if name in self._missing and self._missing[name][row]:

@@ -43,10 +43,12 @@ class Packed:
     """[N, K] nats; -inf where a position has fewer ranks."""
     log_tail: NDArray[np.float32] | None
     """[N] nats."""
+    policy_version: NDArray[np.int64] | None
+    """[S]."""
 
 
 _LISTS, _TOPK = tuple(RESPONSE_LISTS), tuple(name for name in SUPPORTS["topk"] if name)
-FIELDS = (*_LISTS, *_TOPK)
+FIELDS = (*_LISTS, *_TOPK, "policy_version")
 _WORD = 4
 Run = tuple[BatchView, int, int]
 """Neighbours: their record batch, and which rows [first, end) of it they are."""
@@ -96,6 +98,8 @@ def gather(
     for name in _LISTS:
         if name in columns:
             fields[name] = _joined(name, runs, starts, bounds, make)
+    if "policy_version" in columns:
+        fields["policy_version"] = _policy_versions(runs, len(wanted), make)
     if cache.topk and ranks != 0 and not set(_TOPK).isdisjoint(columns):
         fields |= _topk(cache.schema, cache.topk if ranks is None else ranks, runs, starts, make)
     return Packed(lengths, responses, **fields)
@@ -139,6 +143,18 @@ def _joined(
             into[bounds[number] : bounds[number + 1]] = 1
             counts[number] = 0
     kernels.copy_rows(into, bounds[:-1], items, firsts, counts)
+    return target
+
+
+def _policy_versions(runs: list[Run], n_rollouts: int, make: Allocate) -> NDArray[np.int64] | None:
+    found = []
+    for view, first, end in runs:
+        versions = view.policy_versions(first, end)
+        if versions is None:
+            return None
+        found.append(versions)
+    target = make("policy_version", (n_rollouts,), np.dtype(np.int64))
+    np.concatenate(found, out=target)
     return target
 
 

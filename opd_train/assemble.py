@@ -17,9 +17,12 @@ from opd_store import NO_ID, Cache, InvalidArgumentError, MismatchError, gather
 from opd_train.batches import LOGPROBS, TOPK, TeacherBatch, ids_below, packed_batch, response_bytes
 from opd_train.packing import BufferPool, Packing
 from opd_train.pending import pending_topk
+from opd_train.supports import asked_for
 
 Rows = NDArray[np.int64]
 Allocate = Callable[[str, tuple[int, ...], Any], NDArray[Any]]
+_OPTIONAL = (*LOGPROBS, *TOPK, "policy_version")
+"""What a batch has if all of its rollouts have it."""
 
 
 class _Run(NamedTuple):
@@ -44,6 +47,8 @@ class BatchAssembler:
         max_tokens: int | None = None,
         multiple_of: int = 1,
         joined: Sequence[tuple[Cache, Rows]] = (),
+        draws: bool = False,
+        chosen: bool = False,
         device: torch.device | str = "cpu",
         device_decode: bool = False,
     ) -> None:
@@ -57,14 +62,15 @@ class BatchAssembler:
             joined: other teachers' caches, each with the row there of every row of the first cache, int64
                 [rows], -1 where it has none (`opd_store.join`). A batch with such a row has none of that
                 teacher's values.
+            draws, chosen: whether to read drawn, and chosen, ids; all caches need to have them then.
             device: where the batches will go; buffers are pinned if that is a CUDA device.
             device_decode: leave packed top-k in pages, for a `DeviceFeed` to put together on the device. Has
                 no effect where a cache has nothing to decode, where `ranks` ends inside a band, or where
                 `vocab_size` is smaller than a cache's, since ids are then proven on the CPU.
 
         Raises:
-            InvalidArgumentError: no caches, caches of different top-k without `ranks`, an argument out of
-                range, or joined rows that do not fit.
+            InvalidArgumentError: no caches, caches of different top-k without `ranks`, without drawn or
+                chosen ids where they are wanted, an argument out of range, or joined rows that do not fit.
             MismatchError: caches of different tokenizers.
         """
         if not caches:
@@ -84,14 +90,16 @@ class BatchAssembler:
         self.device_decode = device_decode
         """May be turned off in a copy for another process. Internal to the package."""
         widths = [self._width, *(self._ranks_of(cache) for cache, _ in self._joined)]
-        self._response_bytes = sum(map(response_bytes, widths))
+        self._supports = {s: s.width(self._caches) for s in asked_for(draws=draws, chosen=chosen)}
+        more = sum(support.response_bytes(width) for support, width in self._supports.items())
+        self._response_bytes = sum(map(response_bytes, widths)) + more
         self.pool = BufferPool(pinned=torch.device(device).type == "cuda")
         """Where the buffers of the batches are from."""
 
     def prefetch(self, source: int | Rows, rows: Sequence[int] | Rows) -> None:
         """Ask the caches for what `assemble` will need, and return at once."""
         for run in self._runs(source, rows):
-            columns = self._columns(run.cache)
+            columns = (*self._columns(run.cache), *(name for s in self._supports for name in s.columns))
             run.cache.prefetch(run.rows.tolist(), ranks=self._cache_ranks(run.cache), columns=columns)
             for cache, mapping in self._joined:
                 theirs = mapping[run.rows]
@@ -130,12 +138,13 @@ class BatchAssembler:
             response_bytes=self._response_bytes,
             more_bytes=0 if topk is None else topk.n_bytes,
         )
-        complete: set[str] = {*LOGPROBS, *TOPK}
+        complete: set[str] = {*_OPTIONAL}
         for run in runs:
             packing.row_ids[run.first : run.last] = run.rows
             packing.source_ids[run.first : run.last] = run.source
             complete &= self._read(run, packing, without_topk=paged)
-        for name in {*LOGPROBS, *TOPK} - complete:
+            self._read_supports(run, packing)
+        for name in {*_OPTIONAL} - complete:
             packing.drop(name)
         pending = () if topk is None else (topk.placed(packing),)
         for number, (cache, mapping) in enumerate(self._joined):
@@ -174,7 +183,18 @@ class BatchAssembler:
         self._prove("token_ids", ids, packing.token_starts, run)
         if packed.topk_ids is not None:
             self._prove("topk_ids", packing.get("topk_ids")[responses], packing.response_starts, run)
-        return {name for name in (*LOGPROBS, *TOPK) if getattr(packed, name) is not None}
+        return {name for name in _OPTIONAL if getattr(packed, name) is not None}
+
+    def _read_supports(self, run: _Run, packing: Packing) -> None:
+        """Fill in drawn and chosen ids of the rollouts of one cache."""
+        cache = run.cache
+        _, responses = _places(packing, run.first, run.last)
+        for support, width in self._supports.items():
+            rollouts = [cache.rollout(row, columns=support.columns) for row in run.rows.tolist()]
+            temperature = cache.schema.sampled_temperature
+            support.place(packing, width, run.first, rollouts, temperature=temperature)
+            name = support.fields[0]
+            self._prove(name, packing.get(name)[responses], packing.response_starts, run)
 
     def _join(self, prefix: str, cache: Cache, mapping: Rows, rows: Rows, packing: Packing) -> None:
         """Fill in what another teacher said."""
@@ -231,7 +251,7 @@ class BatchAssembler:
             ids_below(self._vocab_size, name, ids, starts, run.rows, f"{cache.uri}: ")
 
     def _columns(self, cache: Cache) -> tuple[str, ...]:
-        return ("loss_mask", *LOGPROBS, *(TOPK if self._ranks_of(cache) else ()))
+        return ("loss_mask", "policy_version", *LOGPROBS, *(TOPK if self._ranks_of(cache) else ()))
 
     def _joined_columns(self, cache: Cache) -> tuple[str, ...]:
         return ("teacher_logprob", *(TOPK if self._ranks_of(cache) else ()))
@@ -265,6 +285,8 @@ def _allocate(run: _Run, packing: Packing, prefix: str, tokens: NDArray[np.uint3
             place: NDArray[Any] = tokens
         elif name == "loss_mask":
             place = packing.loss_mask[responses]
+        elif name == "policy_version":
+            place = packing.place(name, packing.row_ids.shape, dtype)[run.first : run.last]
         else:
             place = packing.place(prefix + name, (n_responses, *shape[1:]), dtype)[responses]
         return place

@@ -19,6 +19,7 @@ from torch import Tensor
 from opd_store import NO_ID, InvalidArgumentError, InvalidRolloutError, Rollout
 from opd_train.packing import BufferPool, Packing
 from opd_train.pending import PendingTopK
+from opd_train.supports import asked_for
 
 LOGPROBS = ("teacher_logprob", "behaviour_logprob", "reference_logprob")
 TOPK = ("topk_ids", "topk_logprob", "log_tail")
@@ -75,6 +76,21 @@ class TeacherBatch:
     """[N, K] float32; -inf where a row has fewer ranks."""
     log_tail: Tensor | None = None
     """[N] float32."""
+    drawn_ids: Tensor | None = None
+    """[N, M] int32 distinct ids drawn from the teacher; 0 where a position has fewer. As what follows, here
+    only if it was asked for."""
+    drawn_logprob: Tensor | None = None
+    """[N, M] float32, the teacher's; -inf where a position has fewer."""
+    drawn_weight: Tensor | None = None
+    """[N, M] float32 `opd_train.losses.draw_weights`: rows sum to 1; 0 where a position has fewer."""
+    chosen_ids: Tensor | None = None
+    """[N, C] int32 ids that another model chose, such as the student; padded in the same way."""
+    chosen_logprob: Tensor | None = None
+    """[N, C] float32, the teacher's."""
+    chosen_log_tail: Tensor | None = None
+    """[N] float32, the teacher's probability outside the chosen ids."""
+    policy_version: Tensor | None = None
+    """[S] int64, which version of the policy sampled each rollout, such as its training step."""
     joined: tuple[TeacherTargets, ...] = ()
     """What other teachers said of the same rollouts."""
     n_padding: int = 0
@@ -192,6 +208,9 @@ def collate(
     vocab_size: int,
     row_ids: Sequence[int] | None = None,
     multiple_of: int = 1,
+    draws: bool = False,
+    draw_temperature: float = 1.0,
+    chosen: bool = False,
     pool: BufferPool | None = None,
 ) -> TeacherBatch:
     """Pack rollouts into tensors on the CPU.
@@ -200,6 +219,8 @@ def collate(
         vocab_size: every id is proven below it here, because an id out of range on a GPU kills the process.
         row_ids: [S] cache rows; None for rollouts not from a cache.
         multiple_of: T is padded to a multiple of it.
+        draws, chosen: whether to pack drawn, and chosen, ids, where all rollouts have them.
+        draw_temperature: at which they were drawn.
         pool: where the buffer is from; None makes a new one.
 
     Raises:
@@ -208,12 +229,18 @@ def collate(
     lengths = np.array([len(rollout.token_ids) for rollout in rollouts], np.int64)
     responses = lengths - np.array([rollout.prompt_len for rollout in rollouts], np.int64)
     width = max((0 if r.topk_ids is None else r.topk_ids.shape[1] for r in rollouts), default=0)
+    supports = {
+        support: max(ids.shape[1] for ids in found)
+        for support in asked_for(draws=draws, chosen=chosen)
+        if len(found := [ids for r in rollouts if (ids := getattr(r, support.columns[0])) is not None])
+        == len(rollouts)
+    }
     packing = Packing(
         pool or BufferPool(),
         lengths,
         responses,
         multiple_of=multiple_of,
-        response_bytes=response_bytes(width),
+        response_bytes=response_bytes(width) + sum(s.response_bytes(size) for s, size in supports.items()),
     )
     packing.row_ids[:] = -1 if row_ids is None else row_ids
     packing.source_ids[:] = 0
@@ -231,6 +258,13 @@ def collate(
         if name == "topk_ids":
             whole[whole == NO_ID] = 0
             ids_below(vocab_size, name, whole, packing.response_starts, packing.row_ids)
+    for support, size in supports.items():
+        support.place(packing, size, 0, rollouts, temperature=draw_temperature)
+        name = support.fields[0]
+        ids_below(vocab_size, name, packing.get(name), packing.response_starts, packing.row_ids)
+    versions = [rollout.policy_version for rollout in rollouts]
+    if all(version is not None for version in versions):
+        packing.place("policy_version", (len(rollouts),), np.int64)[:] = versions
     return packed_batch(packing)
 
 

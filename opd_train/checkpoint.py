@@ -1,38 +1,41 @@
-"""Checkpoints: safetensors and JSON in a directory that appears whole or not at all. No pickle."""
+"""Checkpoints: what a run needs to go on exactly, as safetensors and JSON. No pickle.
+
+    step-00000040/rank-00000.safetensors   what rank 0 held: weights, optimizer state, random state
+                  rank-00001.safetensors   ...
+                  trainer.json             the step, the state of every rank's source, and of each file its
+                                           digest and which rows of which tensor are in it
+                  opd.json                 which run this is
+
+Weights that are not trained are not in it. A tensor is sharded along its first axis or not at all; then the
+first rank writes it. So any number of ranks can go on.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from opd_store import IntegrityError, StorageError
-from opd_train.models import PROVENANCE_FILE, CausalLM
+from opd_store import IntegrityError
+from opd_train.distributed import World, is_sharded, local_part
+from opd_train.export import save_model, trained_tensors
+from opd_train.models import CausalLM
+from opd_train.provenance import write_provenance
+from opd_train.run_directory import checkpoints, write_directory
 
-_STEP_NAME = re.compile(r"step-(\d{8})")
-_PARTIAL_NAME = re.compile(r"\.(step-\d{8}|final)\.partial")
+__all__ = ["load_checkpoint", "read_state", "save_checkpoint", "save_model"]
+
 STATE_FILE = "trainer.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-WEIGHTS_FILE = "student.safetensors"
-RANDOM_FILE = "random.safetensors"
-STATE_VERSION = 1
-
-
-def save_model(lm: CausalLM, directory: Path, provenance: dict[str, Any]) -> None:
-    """Write a Hugging Face directory, with tokenizer and `opd.json`, under a temporary name and rename it.
-
-    Raises:
-        StorageError: the disk refused; what was there before is intact.
-    """
-    _write_directory(directory, lambda temp: _write_model(lm, temp, provenance))
+STATE_VERSION = 2
 
 
 def save_checkpoint(
@@ -42,170 +45,185 @@ def save_checkpoint(
     provenance: dict[str, Any],
     out: Path,
     step: int,
+    *,
+    world: World,
 ) -> None:
-    """Write `out/step-XXXXXXXX`: weights, optimizer and whatever else is needed to go on exactly.
+    """Write `out/step-XXXXXXXX`, and remove older checkpoints. Every rank calls it.
 
-    Older checkpoints are removed.
+    Args:
+        state: JSON values; "source" is this rank's, the rest is taken from the first rank.
 
     Raises:
         StorageError: the disk refused; the previous checkpoint is intact.
     """
 
-    def write(temp: Path) -> None:
-        # By the names of the live modules: transformers writes some architectures under other names.
-        safetensors.torch.save_model(lm.model, str(temp / WEIGHTS_FILE))
-        tensors, scalars = _flatten_optimizer(optimizer)
-        safetensors.torch.save_file(tensors, temp / OPTIMIZER_FILE)
-        safetensors.torch.save_file(_random_state(), temp / RANDOM_FILE)
-        _write_provenance(temp, provenance)
-        content = {"version": STATE_VERSION, "step": step, "optimizer": scalars, **state}
-        (temp / STATE_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+    def write(temp: Path) -> dict[str, Any]:
+        tensors, places = {}, {}
+        for name, tensor in _all_tensors(lm, optimizer).items():
+            if world.first or is_sharded(tensor):
+                part, first_row = local_part(tensor, world)
+                tensors[name] = part.detach().contiguous()
+                places[name] = [list(tensor.shape), first_row, len(part) if part.ndim else 1]
+        tensors |= _random_state(lm.device)
+        path = temp / _file_name(world.rank)
+        safetensors.torch.save_file(tensors, path)
+        return {"sha256": _digest(path), "tensors": places, "source": state["source"]}
 
-    _write_directory(out / f"step-{step:08d}", write)
-    for old_step, path in _checkpoints(out):
-        if old_step < step:
-            shutil.rmtree(path, ignore_errors=True)
+    def finish(temp: Path, written: list[dict[str, Any]]) -> None:
+        content = {
+            **state,
+            "version": STATE_VERSION,
+            "step": step,
+            "source": [part.pop("source") for part in written],
+            "files": written,
+        }
+        text = json.dumps({"sha256": _state_digest(content), "state": content}, indent=1, allow_nan=False)
+        (temp / STATE_FILE).write_text(text + "\n", "utf-8")
+        write_provenance(temp, provenance)
 
-
-def latest_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint below `out`, or None."""
-    found = _checkpoints(out)
-    return found[-1][1] if found else None
-
-
-def remove_partial(out: Path) -> None:
-    """Remove what a killed run was still writing below `out`."""
-    for path in out.iterdir():
-        if _PARTIAL_NAME.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    write_directory(out / f"step-{step:08d}", write, finish, world=world)
+    if world.first:
+        for old_step, path in checkpoints(out):
+            if old_step < step:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        IntegrityError: it cannot be read, or is of another version.
+        IntegrityError: it cannot be read, was changed, or is of another version.
     """
     path = checkpoint / STATE_FILE
     try:
-        state = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text("utf-8"))
+        digest, state = content["sha256"], content["state"]
+        version = state["version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(
-            f"{path}: cannot be read ({error}); delete {checkpoint} to start again"
+            f"{path}: cannot be read ({error!s:.200}); delete {checkpoint} to start again"
         ) from error
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+    if version != STATE_VERSION:
         raise IntegrityError(f"{path}: not a trainer state of version {STATE_VERSION}")
-    return state
+    if _state_digest(state) != digest:
+        raise IntegrityError(f"{path}: differs from what was written; delete {checkpoint} to start again")
+    return state  # type: ignore[no-any-return]
 
 
-def load_tensors(
-    lm: CausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path, state: dict[str, Any]
+def load_checkpoint(
+    lm: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Path,
+    state: dict[str, Any],
+    *,
+    world: World,
 ) -> None:
-    """Put weights, optimizer state and random state back, in place. Raises IntegrityError."""
+    """Put weights, optimizer state and random state back, in place. Every rank calls it.
+
+    At the number of ranks that wrote it every bit is as it was; another number starts new random streams.
+
+    Raises:
+        IntegrityError: a file is missing or differs from what was written. Weights may have changed by then.
+    """
     try:
-        safetensors.torch.load_model(lm.model, checkpoint / WEIGHTS_FILE, device=str(lm.device))
-        tensors = safetensors.torch.load_file(checkpoint / OPTIMIZER_FILE, device=str(lm.device))
-        content = optimizer.state_dict()
-        content["state"] = {}
-        for name, tensor in tensors.items():
-            index, _, field = name.partition(".")
-            content["state"].setdefault(int(index), {})[field] = tensor.cpu() if field == "step" else tensor
-        for group, scalars in zip(content["param_groups"], state["optimizer"], strict=True):
-            group.update(scalars)
-        optimizer.load_state_dict(content)
-        _set_random_state(safetensors.torch.load_file(checkpoint / RANDOM_FILE))
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        files = state["files"]
+        _make_state(lm, optimizer, {name for part in files for name in part["tensors"]})
+        with ExitStack() as stack:
+            opened: dict[int, Any] = {}
+
+            def file(rank: int) -> Any:  # noqa: ANN401
+                if rank not in opened:
+                    path = checkpoint / _file_name(rank)
+                    if (found := _digest(path)) != files[rank]["sha256"]:
+                        raise ValueError(f"{path.name} has SHA-256 {found}, not {files[rank]['sha256']}")
+                    opened[rank] = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+                return opened[rank]
+
+            wanted = _all_tensors(lm, optimizer)
+            if (there := {name for part in files for name in part["tensors"]}) != wanted.keys():
+                raise ValueError(f"{min(there ^ wanted.keys())} is in one of checkpoint and run only")
+            for name, tensor in wanted.items():
+                _fill(name, tensor, file, files, world)
+            if len(files) == world.size:
+                _set_random_state(lm.device, file(world.rank))
+    except (
+        *(OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError),
+        safetensors.SafetensorError,
+    ) as error:
         raise IntegrityError(
-            f"{checkpoint}: cannot be read ({error!s:.200}); delete it to start again"
+            f"{checkpoint}: cannot be read ({error!s:.300}); delete it to start again"
         ) from error
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+@torch.no_grad()
+def _fill(
+    name: str,
+    tensor: Tensor,
+    file: Callable[[int], Any],
+    files: list[dict[str, Any]],
+    world: World,
+) -> None:
+    """Copy this rank's rows of a tensor from the files that hold them."""
+    own, first = local_part(tensor, world)
+    n_missing = len(own) if own.ndim else 1
+    for rank, part in enumerate(files):
+        if name not in part["tensors"]:
+            continue
+        shape, begin, n_rows = part["tensors"][name]
+        if shape != list(tensor.shape):
+            raise ValueError(f"{name} has shape {shape} there, {list(tensor.shape)} here")
+        if not own.ndim:
+            own.copy_(file(rank).get_tensor(name))
+            n_missing = 0
+            continue
+        low, high = max(first, begin), min(first + len(own), begin + n_rows)
+        if low < high:
+            own[low - first : high - first].copy_(file(rank).get_slice(name)[low - begin : high - begin])
+            n_missing -= high - low
+    if n_missing:
+        raise ValueError(f"{name}: {n_missing} of its rows are in no file")
+
+
+def _all_tensors(lm: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {f"student/{name}": tensor for name, tensor in trained_tensors(lm).items()}
+    for name, parameter in lm.model.named_parameters():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            found[f"optimizer/{name}/{field}"] = value
+    return found
+
+
+def _make_state(lm: CausalLM, optimizer: torch.optim.Optimizer, names: Collection[str]) -> None:
+    """Zeros for the state that a checkpoint holds: a parameter that never had a gradient has none."""
+    for name, parameter in lm.model.named_parameters():
+        if f"optimizer/{name}/step" in names:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random/cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _set_random_state(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states.pop("cpu"))
-    for device, state in states.items():
-        torch.cuda.set_rng_state(state, device)
+def _set_random_state(device: torch.device, file: Any) -> None:  # noqa: ANN401
+    torch.set_rng_state(file.get_tensor("random/cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(file.get_tensor("random/cuda"), device)
 
 
-def _flatten_optimizer(
-    optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    content = optimizer.state_dict()
-    tensors = {
-        f"{index}.{field}": value.contiguous()
-        for index, fields in content["state"].items()
-        for field, value in fields.items()
-    }
-    return tensors, [{"lr": group["lr"]} for group in content["param_groups"]]
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def _checkpoints(out: Path) -> list[tuple[int, Path]]:
-    if not out.is_dir():
-        return []
-    matches = ((_STEP_NAME.fullmatch(path.name), path) for path in out.iterdir())
-    return sorted((int(match[1]), path) for match, path in matches if match)
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_model(lm: CausalLM, directory: Path, provenance: dict[str, Any]) -> None:
-    lm.model.save_pretrained(directory, max_shard_size="1000GB")
-    try:
-        lm.tokenizer.save_pretrained(directory)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        # How tokenizers reports what the disk refuses.
-        raise OSError(str(error)) from error
-    _write_provenance(directory, provenance)
-
-
-def _write_provenance(directory: Path, provenance: dict[str, Any]) -> None:
-    text = json.dumps(provenance, indent=1, ensure_ascii=True, allow_nan=False, sort_keys=True)
-    (directory / PROVENANCE_FILE).write_text(text + "\n", "utf-8")
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into a StorageError."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot write: {error.strerror or error}. Earlier checkpoints are intact.",
-            errno=error.errno,
-            filename=str(path),
-        ) from error
-
-
-def _write_directory(target: Path, write: Any) -> None:  # noqa: ANN401
-    temp = target.parent / f".{target.name}.partial"
-    try:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
-        write(temp)
-        for path in (*temp.rglob("*"), temp):
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temp.rename(target)
-        _sync(target.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise StorageError(
-            f"{target}: cannot write: {error}. Earlier checkpoints are intact; free space and run again.",
-            errno=getattr(error, "errno", None),
-            filename=str(target),
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _state_digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,8 @@ Axes: S = rollouts, N = response tokens, H = hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,20 @@ from opd_train.batches import TeacherBatch
 from opd_train.models import CausalLM
 
 
-def response_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
+def response_hidden(
+    lm: CausalLM, batch: TeacherBatch, *, agree: Callable[[int], int] | None = None
+) -> Tensor:
     """[N, H] the hidden states that predict each response token.
 
     Variable-length attention runs on the packed tokens; other implementations get padded rows, since a mask
     over packed rows would cost the square of the batch.
+
+    Args:
+        agree: given how many passes through the body this batch needs, how many are made; for sharded
+            weights, which need equally many on every rank.
     """
     varlen = str(lm.model.config._attn_implementation).startswith("flash")
-    return packed_hidden(lm, batch) if varlen else padded_hidden(lm, batch)
+    return packed_hidden(lm, batch) if varlen else padded_hidden(lm, batch, agree=agree)
 
 
 def packed_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
@@ -29,11 +37,19 @@ def packed_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
     return hidden[batch.response_index - 1]
 
 
-def padded_hidden(lm: CausalLM, batch: TeacherBatch) -> Tensor:
+def padded_hidden(lm: CausalLM, batch: TeacherBatch, *, agree: Callable[[int], int] | None = None) -> Tensor:
     """[N, H] from padded rows, in groups of similar length: padding at most doubles the tokens."""
     pieces, places = [], []
-    for rows in length_groups(batch.lengths.tolist()):
+    lengths = batch.lengths.tolist()
+    groups = length_groups(lengths)
+    n_passes = len(groups) if agree is None else agree(len(groups))
+    for number in range(n_passes):
+        # A pass more than this batch needs is one over its shortest rollout, none of whose tokens count.
+        spare = number >= len(groups)
+        rows = [min(range(len(lengths)), key=lengths.__getitem__)] if spare else groups[number]
         ids, mask, source, place = batch.padded_rows(rows)
+        if spare:
+            source, place = source[:0], place[:0]
         pieces.append(lm.hidden(ids, mask).flatten(0, 1)[source])
         places.append(place)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]

@@ -15,7 +15,7 @@ from opd_train.batches import TeacherBatch, collate
 from opd_train.models import CausalLM
 from opd_train.sampling import Prompt, sample_rollouts
 from opd_train.scoring import score_rollouts, with_teacher
-from opd_train.trainer import Stopwatch
+from opd_train.stopwatch import Stopwatch
 
 _SHUFFLES = 1 << 63
 """Random streams from here on shuffle prompts; those below draw tokens."""
@@ -48,32 +48,18 @@ class LiveSource:
             MismatchError: student and teacher differ in tokenizer or number of logits.
             InvalidArgumentError: no prompts.
         """
-        pairs = {
-            "tokenizer_fingerprint": (teacher.tokenizer_fingerprint, student.tokenizer_fingerprint),
-            "vocab_size": (str(teacher.vocab_size), str(student.vocab_size)),
-        }
-        for field, (expected, found) in pairs.items():
-            if expected != found:
-                message = f"{field}: the teacher has {expected}, the student {found}"
-                raise MismatchError(message, field=field, expected=expected, found=found)
+        check_pair(student, teacher)
         if not prompts:
             raise InvalidArgumentError("prompts: none to sample from")
         self._student, self._teacher, self._prompts, self._sampler = student, teacher, prompts, sampler
         self._batch_rollouts, self._topk, self._batch_tokens = batch_rollouts, topk, batch_tokens
         self._stopwatch = stopwatch or Stopwatch()
+        self._prompts_digest = prompts_digest(prompts)
         self._drawn = 0
 
     def next_batch(self) -> TeacherBatch:
         """Sample, score and pack the next `batch_rollouts` prompts, over and over through all of them."""
-        n_prompts, seed = len(self._prompts), self._sampler.seed
-        chosen: list[Prompt] = []
-        for number in range(self._drawn, self._drawn + self._batch_rollouts):
-            epoch, place = divmod(number, n_prompts)
-            if place == 0 or not chosen:
-                order = np.random.Generator(np.random.Philox(key=[seed or 0, _SHUFFLES + epoch])).permutation(
-                    n_prompts
-                )
-            chosen.append(self._prompts[int(order[place])])
+        chosen = draw_prompts(self._prompts, self._sampler.seed or 0, self._drawn, self._batch_rollouts)
         self._student.model.eval()
         with self._stopwatch.measure("sampling"):
             rollouts = sample_rollouts(
@@ -107,11 +93,41 @@ class LiveSource:
 
     def identity(self) -> dict[str, Any]:
         """What a state that is loaded has to agree in: teacher, prompts and how they are sampled."""
-        prompts = [(prompt.sample_id, prompt.ids.tolist()) for prompt in self._prompts]
         return {
             "teacher": self._teacher.info.weights_digest,
-            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            "prompts": self._prompts_digest,
             "sampler": json.loads(json.dumps(dataclasses.asdict(self._sampler))),
             "batch_rollouts": self._batch_rollouts,
             "topk": self._topk,
         }
+
+
+def check_pair(student: CausalLM, teacher: CausalLM) -> None:
+    """Raise MismatchError if student and teacher differ in tokenizer or number of logits."""
+    pairs = {
+        "tokenizer_fingerprint": (teacher.tokenizer_fingerprint, student.tokenizer_fingerprint),
+        "vocab_size": (str(teacher.vocab_size), str(student.vocab_size)),
+    }
+    for field, (expected, found) in pairs.items():
+        if expected != found:
+            message = f"{field}: the teacher has {expected}, the student {found}"
+            raise MismatchError(message, field=field, expected=expected, found=found)
+
+
+def draw_prompts(prompts: Sequence[Prompt], seed: int, first: int, n: int) -> list[Prompt]:
+    """Numbers `first` to `first + n` of an endless sequence, in which all prompts come once, in an order of
+    their own, before any comes again."""
+    chosen: list[Prompt] = []
+    for number in range(first, first + n):
+        epoch, place = divmod(number, len(prompts))
+        if place == 0 or not chosen:
+            rng = np.random.Generator(np.random.Philox(key=[seed, _SHUFFLES + epoch]))
+            order = rng.permutation(len(prompts))
+        chosen.append(prompts[int(order[place])])
+    return chosen
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Hex SHA-256 of what is sampled from."""
+    content = [(prompt.sample_id, prompt.ids.tolist()) for prompt in prompts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

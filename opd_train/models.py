@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import opd_store
 from opd_store import FormatError, InvalidArgumentError, ModelInfo
+from opd_train.head import HeadWeights
 
 PROVENANCE_FILE = "opd.json"
 """Written beside every model we train: which teacher's samples or cache it was trained on."""
 _WEIGHTS_DOMAIN = b"opd-store weights v1\0"
 _HEAD_TOLERANCE = 1e-3
+# What architectures call the soft-cap of their logits, a factor on them, and a divisor.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,8 @@ class CausalLM:
     chat_template_digest: str | None
     provenance: dict[str, Any]
     """Content of `opd.json` in the directory, {} without one."""
+    head_is_linear: bool = False
+    """Whether `head` was found to give the model's own logits."""
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +102,15 @@ class CausalLM:
         """
         with _body_returns_input(self.model):
             return self.model(inputs_embeds=hidden_NH[None], use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> HeadWeights | None:
+        """The weights of the head, for `topk_logprobs` and `fused_loss`; None where `logits` is the only way.
+
+        That is so for heads that do more than a product, a scale and a soft-cap, and while the output layer
+        is wrapped (LoRA on it) or its weight is split over processes.
+        """
+        return _head_weights(self.model) if self.head_is_linear else None
 
 
 class _BodyOutput(BaseModelOutput):  # type: ignore[misc]
@@ -190,7 +207,7 @@ def load_causal_lm(
             f"{directory}: stop ids {stops} and context {context} do not fit {loaded.vocab_size} logits"
         )
     _check_head(loaded)
-    return loaded
+    return replace(loaded, head_is_linear=_is_linear(loaded))
 
 
 def weights_digest(directory: str | os.PathLike[str]) -> str:
@@ -287,3 +304,43 @@ def _check_head(loaded: CausalLM) -> None:
             "gives logits "
             f"that differ by {difference:.3g} from its own; this architecture is not supported"
         )
+
+
+def _head_weights(model: Any) -> HeadWeights | None:  # noqa: ANN401
+    """The head as its output layer and configuration describe it; None where it is no plain linear layer."""
+    layer = model.get_output_embeddings()
+    # A sharded weight is a DTensor; naming its class would cost every process a second of imports.
+    if type(layer) is not nn.Linear or hasattr(layer.weight, "full_tensor"):
+        return None
+    config = model.config.get_text_config()
+    settings = {
+        name: value
+        for name in (*_SOFTCAPS, *_FACTORS, *_DIVISORS)
+        if isinstance(value := getattr(config, name, None), int | float) and value
+    }
+    return HeadWeights(
+        weight=layer.weight,
+        bias=layer.bias,
+        scale=math.prod(settings.get(name, 1.0) for name in _FACTORS)
+        / math.prod(settings.get(name, 1.0) for name in _DIVISORS),
+        softcap=next((settings[name] for name in _SOFTCAPS if name in settings), None),
+    )
+
+
+@torch.no_grad()
+def _is_linear(loaded: CausalLM) -> bool:
+    """Whether the description gives the model's own logits, within rounding."""
+    try:
+        head = _head_weights(loaded.model)
+    except InvalidArgumentError:
+        return False
+    if head is None:
+        return False
+    ids = torch.arange(4, device=loaded.device).remainder(loaded.vocab_size)[None]
+    hidden_NH = loaded.hidden(ids, None)[0]
+    # A soft-cap without a name we know would hardly show on the logits of untrained weights.
+    hidden_NH = torch.cat([hidden_NH, 30 * hidden_NH])
+    expected = loaded.logits(hidden_NH)
+    difference = (expected - head.logits(hidden_NH)).abs().max().item()
+    tolerance = max(_HEAD_TOLERANCE, 4 * torch.finfo(head.weight.dtype).eps)
+    return not difference > tolerance * (1 + expected.abs().max().item())

@@ -1,7 +1,4 @@
-"""What one batch contributes: the summed loss, how many tokens it counts, and what to watch.
-
-Axes: N = response tokens that count, K = ranks used.
-"""
+"""What the student minimises, and the numbers that belong to it."""
 
 from __future__ import annotations
 
@@ -9,14 +6,8 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-import torch
-from torch import Tensor
-
 from opd_store import InvalidArgumentError
-from opd_train.batches import TeacherBatch
-from opd_train.corrections import CorrectionConfig, correction_weights, log_ratio
-from opd_train.head import LmHead, topk_logprobs
-from opd_train.losses import sampled_token_loss, topk_forward_kl, topk_reverse_kl
+from opd_train.corrections import CorrectionConfig
 
 
 class Objective(StrEnum):
@@ -28,25 +19,47 @@ class Objective(StrEnum):
     """KL(teacher || student) on the cached top-k, the tail as one bucket."""
     REVERSE_KL = "reverse_kl"
     """KL(student || teacher) on the same support."""
+    JSD = "jsd"
+    """Generalised Jensen-Shannon divergence on the same support; `beta` leads from the forward to the reverse
+    KL."""
+    TRUNCATED_FORWARD_KL = "truncated_forward_kl"
+    """The top-k terms of the forward KL without a tail, as some trainers have it: no divergence."""
+    RENORMALISED_FORWARD_KL = "renormalised_forward_kl"
+    """Forward KL of both sides renormalised over the top-k: blind to the mass outside."""
+    RENORMALISED_REVERSE_KL = "renormalised_reverse_kl"
+    """Reverse KL of the same."""
+    RANDOM_SAMPLING_KD = "random_sampling_kd"
+    """Forward KL estimated from ids drawn from the teacher (arXiv 2503.16870)."""
     CROSS_ENTROPY = "cross_entropy"
     """-log pi_theta of the sampled token: supervised fine-tuning, no teacher log-probs needed."""
 
     @property
     def needs_topk(self) -> bool:
         """Whether the cache has to carry top-k."""
-        return self in (Objective.FORWARD_KL, Objective.REVERSE_KL)
+        return self in _TOPK
+
+    @property
+    def needs_draws(self) -> bool:
+        """Whether the cache has to carry drawn ids."""
+        return self is Objective.RANDOM_SAMPLING_KD
+
+    @property
+    def dense(self) -> bool:
+        """Whether a position's loss is one of distributions, whichever token was drawn there."""
+        return self.needs_topk or self.needs_draws
 
 
-@dataclass(frozen=True, slots=True)
-class BatchLoss:
-    """Sums over the tokens of one batch; the caller divides by the step's count."""
-
-    loss: Tensor
-    """Scalar with gradient."""
-    n_kept: int
-    """Tokens in the loss."""
-    sums: dict[str, float]
-    """Detached sums for `summarise`."""
+_TOPK = frozenset(
+    {
+        Objective.FORWARD_KL,
+        Objective.REVERSE_KL,
+        Objective.JSD,
+        Objective.TRUNCATED_FORWARD_KL,
+        Objective.RENORMALISED_FORWARD_KL,
+        Objective.RENORMALISED_REVERSE_KL,
+    }
+)
+_AT_ANY_TEMPERATURE = frozenset({Objective.RENORMALISED_FORWARD_KL, Objective.RENORMALISED_REVERSE_KL})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,125 +70,50 @@ class LossConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     clip: float = 10.0
     """Largest advantage in nats, for objective "lightning" (arXiv 2604.13010, table 6)."""
+    beta: float = 0.5
+    """Of objective "jsd", between 0 and 1."""
+    temperature: float = 1.0
+    """Of both sides, for the renormalised objectives; the others know the distributions at 1 only."""
+    chosen_ids: bool = False
+    """Compare on the cache's chosen ids, such as the student's likeliest, instead of the teacher's top-k."""
+    cross_entropy: float = 0.0
+    """Share of -log pi_theta(sampled token) mixed in, 0 to 1."""
+    teacher_weights: tuple[float, ...] = ()
+    """Weight of the cache's own teacher and of each joined one, any scale; () is the own teacher alone."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", Objective(self.objective))
-        if not 0 < self.clip < math.inf:
-            raise InvalidArgumentError(f"clip: expected more than 0, found {self.clip}")
-
-
-def distill_loss(
-    config: LossConfig,
-    *,
-    hidden: Tensor,
-    lm_head: LmHead,
-    batch: TeacherBatch,
-    chunk: int = 1024,
-) -> BatchLoss:
-    """The summed loss of one batch.
-
-    Args:
-        hidden: [N, H] hidden states that predict each response token, in the order of `batch.response_index`.
-        chunk: positions whose logits exist at a time.
-
-    Raises:
-        InvalidArgumentError: the batch lacks what the objective or the correction needs.
-    """
-    objective, correction, clip = config.objective, config.correction, config.clip
-    mask = batch.loss_mask
-    target_N = batch.target_ids[mask]
-    student_logprob_all = hidden.new_zeros(len(mask), dtype=torch.float32)
-    if objective.needs_topk:
-        if batch.topk_ids is None or batch.topk_logprob is None or batch.log_tail is None:
+        object.__setattr__(self, "teacher_weights", tuple(self.teacher_weights))
+        for name, value, most in (("clip", self.clip, math.inf), ("temperature", self.temperature, math.inf)):
+            if not 0 < value < most:
+                raise InvalidArgumentError(f"{name}: expected more than 0, found {value}")
+        if not 0 < self.beta < 1:
+            raise InvalidArgumentError(f"beta: expected between 0 and 1, found {self.beta}")
+        if not 0 <= self.cross_entropy <= 1:
+            raise InvalidArgumentError(f"cross_entropy: expected 0 to 1, found {self.cross_entropy}")
+        if any(not 0 <= weight < math.inf for weight in self.teacher_weights):
             raise InvalidArgumentError(
-                f"objective {objective.value!r} needs top-k, which these rollouts do not carry"
+                f"teacher_weights: expected 0 or more each, found {self.teacher_weights}"
             )
-        # The sampled token rides along as the last column, for weights and monitors.
-        ids = torch.cat([batch.topk_ids[mask].long(), target_N[:, None]], dim=1)
-        logprob = topk_logprobs(hidden[mask], lm_head, ids, chunk=chunk)
-        student_NK, student_N = logprob[:, :-1], logprob[:, -1]
-    else:
-        student_N = topk_logprobs(hidden[mask], lm_head, target_N[:, None], chunk=chunk)[:, 0]
-    student_logprob_all[mask] = student_N.detach()
-
-    weight_all, kept_all = correction_weights(
-        correction, student_logprob_all, batch.behaviour_logprob, mask, batch.cu_responses
-    )
-    weight_N, kept_N = weight_all[mask], kept_all[mask]
-    if objective is Objective.CROSS_ENTROPY:
-        loss_N = -weight_N * student_N
-    elif objective is Objective.LIGHTNING:
-        if batch.teacher_logprob is None:
+        if self.teacher_weights and not sum(self.teacher_weights):
+            raise InvalidArgumentError("teacher_weights: expected one above 0")
+        if self.temperature != 1 and self.objective not in _AT_ANY_TEMPERATURE:
             raise InvalidArgumentError(
-                "objective 'lightning' needs teacher_logprob; score the rollouts first"
+                f"temperature: {self.temperature} with objective {self.objective.value!r}, which knows the "
+                "teacher at temperature 1 only (a tail cannot be taken to another); use 1, or a renormalised "
+                "objective"
             )
-        loss_N = sampled_token_loss(student_N, batch.teacher_logprob[mask], weight_N, clip=clip)
-    else:
-        assert batch.topk_logprob is not None
-        assert batch.log_tail is not None
-        divergence = topk_forward_kl if objective is Objective.FORWARD_KL else topk_reverse_kl
-        loss_N = weight_N * divergence(student_NK, batch.topk_logprob[mask], batch.log_tail[mask])
-    loss = torch.where(kept_N, loss_N, 0.0).sum()
-
-    with torch.no_grad():
-        sums = _ratio_sums(student_N, batch, weight_N, kept_N, correction)
-        if objective.needs_topk:
-            sums |= _topk_sums(student_NK, batch)
-        sums |= {"loss": loss.item(), "n": float(len(student_N))}
-    return BatchLoss(loss, int(kept_N.sum()), sums)
-
-
-def _ratio_sums(
-    student_N: Tensor, batch: TeacherBatch, weight_N: Tensor, kept_N: Tensor, correction: CorrectionConfig
-) -> dict[str, float]:
-    sums = {"kept": float(kept_N.sum()), "w": weight_N.sum().item(), "w2": (weight_N**2).sum().item()}
-    if correction.needs_behaviour:
-        sums["capped"] = float((weight_N[kept_N] >= correction.cap).sum())
-    mask = batch.loss_mask
-    if batch.behaviour_logprob is not None:
-        rho_N = log_ratio(student_N, batch.behaviour_logprob[mask]).exp()
-        rho_N = rho_N[torch.isfinite(rho_N)]
-        sums |= {"rho": rho_N.sum().item(), "rho2": (rho_N**2).sum().item(), "n_rho": float(len(rho_N))}
-    if batch.teacher_logprob is not None:
-        sums["log_gap"] = (student_N - batch.teacher_logprob[mask]).sum().item()
-    return sums
-
-
-def _topk_sums(student_NK: Tensor, batch: TeacherBatch) -> dict[str, float]:
-    mask = batch.loss_mask
-    assert batch.topk_logprob is not None
-    assert batch.log_tail is not None
-    teacher_NK, log_tail_N = batch.topk_logprob[mask], batch.log_tail[mask]
-    student_NK = student_NK.masked_fill(teacher_NK.isneginf(), -torch.inf)
-    return {
-        "forward_kl": topk_forward_kl(student_NK, teacher_NK, log_tail_N).sum().item(),
-        "reverse_kl": topk_reverse_kl(student_NK, teacher_NK, log_tail_N).sum().item(),
-        "student_mass": student_NK.exp().sum().item(),
-        "teacher_mass": teacher_NK.exp().sum().item(),
-        "top1": float((student_NK.argmax(dim=-1) == 0).sum()),
-    }
-
-
-def summarise(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the tokens of a step.
-
-    `ess`: effective sample size of the ratios as a share of the tokens, (sum rho)^2 / (n sum rho^2).
-    `chi2`: mean(rho^2) - 1. `ratio_mean`: mean rho, 1 in expectation on tokens that were not trained on.
-    `log_gap`: mean log pi_theta - log pi_T of the sampled token. `student_mass`, `teacher_mass`: probability
-    on the cached ranks. `top1`: share of positions where, of the cached ids, the student ranks the teacher's
-    first highest.
-    """
-    n, kept = max(sums["n"], 1.0), max(sums["kept"], 1.0)
-    row = {"loss": sums["loss"] / kept, "dropped": 1.0 - sums["kept"] / n}
-    if "n_rho" in sums:
-        n_rho = max(sums["n_rho"], 1.0)
-        row["ratio_mean"] = sums["rho"] / n_rho
-        row["chi2"] = sums["rho2"] / n_rho - 1.0
-        row["ess"] = sums["rho"] ** 2 / (n_rho * sums["rho2"]) if sums["rho2"] else 0.0
-    if "capped" in sums:
-        row["capped"] = sums["capped"] / kept
-        row["weight_mean"] = sums["w"] / kept
-    for name in ("log_gap", "forward_kl", "reverse_kl", "student_mass", "teacher_mass", "top1"):
-        if name in sums:
-            row[name] = sums[name] / n
-    return row
+        if self.chosen_ids and not self.objective.needs_topk:
+            raise InvalidArgumentError(
+                f"chosen_ids: objective {self.objective.value!r} compares on no ids; leave it out"
+            )
+        if self.teacher_weights and (self.chosen_ids or self.objective.needs_draws):
+            raise InvalidArgumentError(
+                "teacher_weights: of joined teachers only sampled-token log-probs and top-k are read; "
+                "use another objective, or one teacher"
+            )
+        if self.objective.dense and self.correction.kind in ("ppo", "gspo"):
+            raise InvalidArgumentError(
+                f"correction {self.correction.kind.value!r} clips by the sampled token's advantage, which "
+                f"objective {self.objective.value!r} does not have; use prefix_is, a sequence kind or none"
+            )

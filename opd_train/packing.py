@@ -110,7 +110,7 @@ class Packing:
         """T without padding."""
         self.n_padding = -self.n_tokens % multiple_of
         n_all = self.n_tokens + self.n_padding
-        fixed = 16 * n_all + (8 + response_bytes) * n_responses + 24 * (n_rollouts + 1)
+        fixed = 16 * n_all + (8 + response_bytes) * n_responses + 32 * (n_rollouts + 1)
         self._root = pool.take(fixed + more_bytes + _GAPS)
         self._end = 0
         self._arrays: dict[str, NDArray[Any]] = {}

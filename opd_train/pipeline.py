@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 import opd_store
 from opd_store import (
@@ -29,6 +30,7 @@ from opd_store import (
     Version,
     Writer,
 )
+from opd_train.drawing import Draws
 from opd_train.models import CausalLM
 from opd_train.sampling import Prompt, make_processor, sample_rollouts
 from opd_train.scoring import check_fits, score_rollouts, with_teacher
@@ -141,6 +143,9 @@ def score_cache(
     uri: str | os.PathLike[str],
     *,
     topk: int,
+    draws: Draws | None = None,
+    chosen: int = 0,
+    chooser: CausalLM | None = None,
     encoding: str = "ladder/128",
     id_table: IdTable | Literal["auto"] | None = "auto",
     cut: Cut | None = None,
@@ -156,8 +161,13 @@ def score_cache(
     Args:
         lm: the teacher.
         source: what is known of the rollouts; passes into the new cache.
-        topk: K; 0 stores only the sampled token's log-prob.
-        encoding, id_table, cut: how the top-k is stored, as for `opd_store.create`.
+        topk: K; 0 stores none.
+        draws: ids to draw from the teacher at every position, for random-sampling distillation. Their
+            temperature is recorded in the cache, their seed is not.
+        chosen: how many of the ids that `chooser` holds most likely at a position the teacher scores besides,
+            for a reverse KL where the student has its mass.
+        chooser: the student, or another model of its tokenizer; needed where `chosen` is not 0.
+        encoding, id_table, cut: how ids and log-probs are stored, as for `opd_store.create`.
         reference: the behaviour checkpoint, to fill in reference log-probs (raw) and, where the sampler is
             known and they are missing, behaviour log-probs (processed).
         sft_teacher: what the behaviour policy was fine-tuned on, where `source` does not say.
@@ -168,7 +178,11 @@ def score_cache(
         settings. InvalidRolloutError: a rollout the model cannot score, or NaN logits, with rollout and
         position. CacheExistsError, StorageError: as for `opd_store.create`.
     """
-    for model in (lm, reference):
+    if (chosen > 0) != (chooser is not None):
+        raise InvalidArgumentError(
+            f"chosen, chooser: expected both or neither, found {chosen} ids chosen by {chooser}"
+        )
+    for model in (lm, reference, chooser):
         if model is not None and model.tokenizer_fingerprint != source.tokenizer_fingerprint:
             raise MismatchError(
                 f"tokenizer_fingerprint: the rollouts have {source.tokenizer_fingerprint}, {model.path} has "
@@ -188,7 +202,7 @@ def score_cache(
         )
     # All of them before the first is scored, so that a bad row far down does not cost the rows before it.
     for number, rollout in enumerate(rollouts):
-        for model in (lm, reference):
+        for model in (lm, reference, chooser):
             if model is not None:
                 check_fits(model, rollout, number)
     meta = dataclasses.replace(
@@ -207,13 +221,25 @@ def score_cache(
         chunk = [rollouts[row] for row in range(start, end)]
         before = sum(response_tokens[:start])
         report = None if on_progress is None else (lambda done: on_progress(before + done, total))
-        scores = score_rollouts(lm, chunk, topk=topk, batch_tokens=batch_tokens, on_batch=report)
+        ids = None if chooser is None else _most_likely(chooser, chunk, chosen, lm.vocab_size, batch_tokens)
+        scores = score_rollouts(
+            lm,
+            chunk,
+            topk=topk,
+            draws=draws,
+            chosen_ids=ids,
+            batch_tokens=batch_tokens,
+            on_batch=report,
+        )
         scored = [with_teacher(rollout, score) for rollout, score in zip(chunk, scores, strict=True)]
         return (
             scored if reference is None else _with_reference(scored, reference, source.sampler, batch_tokens)
         )
 
-    with _open_writer(uri, meta, topk=topk, encoding=encoding, id_table=id_table, cut=cut) as writer:
+    options: dict[str, Any] = {"topk": topk, "chosen": chosen}
+    if draws is not None:
+        options |= {"sampled": draws.n, "sampled_temperature": float(draws.temperature)}
+    with _open_writer(uri, meta, encoding=encoding, id_table=id_table, cut=cut, **options) as writer:
         missing = [
             start
             for start in range(0, len(rollouts), commit_rollouts)
@@ -223,6 +249,16 @@ def score_cache(
             )
         ]
         return _commit_chunks(writer, missing, len(rollouts), commit_rollouts, score)
+
+
+def _most_likely(
+    lm: CausalLM, rollouts: Sequence[Rollout], n: int, below: int, batch_tokens: int
+) -> list[NDArray[np.uint32]]:
+    """[R, n] for each rollout: of the ids that both models have, those that this one holds most likely."""
+    scores = score_rollouts(
+        lm, rollouts, topk=n, batch_tokens=batch_tokens, processor=lambda logits: logits[:, :below]
+    )
+    return [ids for score in scores if (ids := score.topk_ids) is not None]
 
 
 def _with_reference(
@@ -249,14 +285,30 @@ def _open_writer(
     meta: CacheMeta,
     *,
     topk: int,
+    chosen: int = 0,
+    sampled: int = 0,
+    sampled_temperature: float = 1.0,
     encoding: str = "plain",
     id_table: IdTable | Literal["auto"] | None = None,
     cut: Cut | None = None,
 ) -> Writer:
     if not topk:
-        encoding, id_table, cut = "plain", None, None
+        # A table is learnt from the top-k.
+        cut, id_table = None, None if id_table == "auto" else id_table
+    if not (topk or chosen or sampled):
+        encoding, id_table = "plain", None
     try:
-        return opd_store.create(uri, meta=meta, topk=topk, encoding=encoding, id_table=id_table, cut=cut)
+        return opd_store.create(
+            uri,
+            meta=meta,
+            topk=topk,
+            chosen=chosen,
+            sampled=sampled,
+            sampled_temperature=sampled_temperature,
+            encoding=encoding,
+            id_table=id_table,
+            cut=cut,
+        )
     except CacheExistsError:
         if not (Path(uri) / "manifests").is_dir():
             raise
@@ -265,6 +317,9 @@ def _open_writer(
     policy = "none" if id_table is None or encoding == "plain" else "auto" if id_table == "auto" else "given"
     pairs = {
         "topk": (writer.schema.topk, topk),
+        "chosen": (writer.schema.chosen, chosen),
+        "sampled": (writer.schema.sampled, sampled),
+        "sampled_temperature": (writer.schema.sampled_temperature, sampled_temperature),
         "encoding": (writer.schema.encoding, encoding),
         "cut": (writer.schema.cut, cut),
         "id_table": (writer.schema.id_table, policy),

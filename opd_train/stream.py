@@ -79,6 +79,8 @@ class CacheStream(IterableDataset[TeacherBatch]):
         rows: Rows | Sequence[Rows | None] | None = None,
         weights: Sequence[float] | None = None,
         joined: Sequence[tuple[Cache, Integers]] = (),
+        draws: bool = False,
+        chosen: bool = False,
     ) -> None:
         """
         Args:
@@ -105,6 +107,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
                 them, the other half in the next epoch; 1.5 is once and a half.
             joined: other teachers' caches, each with the row there of every row of the first cache, int64
                 [rows], -1 where it has none (see `opd_store.join`).
+            draws, chosen: whether batches carry ids drawn from the teacher, and ids another model chose.
 
         Raises:
             InvalidArgumentError: an argument out of range, nothing to stream, fewer rollouts in an epoch than
@@ -169,6 +172,8 @@ class CacheStream(IterableDataset[TeacherBatch]):
             max_tokens=min(room, context or room) if self.n_truncated else None,
             multiple_of=multiple_of,
             joined=joined,
+            draws=draws,
+            chosen=chosen,
             device=self._device,
             device_decode=device_decode,
         )

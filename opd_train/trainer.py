@@ -2,113 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from opd_store import IntegrityError, InvalidArgumentError, MismatchError, OpdError
+from opd_store import IntegrityError, MismatchError, OpdError
+from opd_train import lora
+from opd_train.batch_loss import BatchLoss, distill_loss
 from opd_train.batches import TeacherBatch
-from opd_train.checkpoint import (
-    latest_checkpoint,
-    load_tensors,
-    read_state,
-    remove_partial,
-    save_checkpoint,
-    save_model,
-    storage_errors,
-)
+from opd_train.checkpoint import load_checkpoint, read_state, save_checkpoint
+from opd_train.config import DistillConfig, LoraConfig
+from opd_train.distributed import World, shard, whole_head
+from opd_train.export import load_trained, save_model
+from opd_train.failure import out_of_memory, read_replay, write_replay
 from opd_train.forward import response_hidden
-from opd_train.models import CausalLM, load_causal_lm, read_provenance
-from opd_train.objectives import LossConfig, distill_loss, summarise
+from opd_train.head import LmHead, topk_logprobs
+from opd_train.models import CausalLM, read_provenance
+from opd_train.monitors import Alarm, DriftMonitor
+from opd_train.optimisation import clip_mean_gradient, learning_rate, make_optimizer
+from opd_train.provenance import check_ranks_agree, check_same_run, differences
+from opd_train.run_directory import (
+    METRICS_FILE,
+    append_metrics,
+    latest_checkpoint,
+    locked,
+    read_metrics,
+    remove_partial,
+    storage_errors,
+    trim_metrics,
+)
+from opd_train.step_metrics import summarise
+from opd_train.stopwatch import Stopwatch
+from opd_train.supply import BatchSource, Supply
 
-METRICS_FILE = "metrics.jsonl"
+__all__ = [
+    "FINAL_DIR",
+    "METRICS_FILE",
+    "BatchSource",
+    "DistillConfig",
+    "LoraConfig",
+    "Stopwatch",
+    "Trainer",
+    "learning_rate",
+]
+
 FINAL_DIR = "final"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DistillConfig:
-    """One training run. Two runs with equal configs, students and sources end in equal weights."""
-
-    loss: LossConfig
-    steps: int
-    """Optimizer steps."""
-    lr: float = 2e-6
-    """Peak learning rate (arXiv 2604.13010, table 6, which keeps it constant)."""
-    warmup_steps: int = 0
-    final_lr_share: float = 1.0
-    """After warm-up the rate falls linearly to this share of its peak at the end; 1 keeps it constant."""
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
-    accumulate: int = 1
-    """Batches per step; their tokens share one denominator."""
-    head_chunk: int = 1024
-    """Positions whose logits exist at a time."""
-    gradient_checkpointing: bool = False
-    autocast: bool = False
-    """bfloat16 forward and backward over float32 weights; for GPUs."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves only the end. A rerun may change it."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "lr", "accumulate", "head_chunk"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidArgumentError(f"{name}: expected more than 0, found {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "save_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InvalidArgumentError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        if not all(0 <= share <= 1 for share in (self.final_lr_share, *self.betas)):
-            raise InvalidArgumentError(
-                f"final_lr_share and betas: expected 0..1, found {self.final_lr_share} and {self.betas}"
-            )
-
-
-class BatchSource(Protocol):
-    """Where batches come from: a cache stream, or a live teacher."""
-
-    def next_batch(self) -> TeacherBatch | None: ...
-
-    def identity(self) -> dict[str, Any]:
-        """What a run that goes on from a checkpoint of another has to agree in, as JSON values."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Stopwatch:
-    """Seconds by activity: "student" is forward, backward and optimizer, "data" waiting for batches."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stack: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
-        """Count the time inside towards an activity, and not towards the one around it."""
-        now = time.perf_counter()
-        if self._stack:
-            self.seconds[self._stack[-1]] += now - self._since
-        self._stack.append(activity)
-        self._since = now
-        try:
-            yield
-        finally:
-            now = time.perf_counter()
-            self.seconds[self._stack.pop()] += now - self._since
-            self._since = now
 
 
 class Trainer:
@@ -124,28 +69,40 @@ class Trainer:
         provenance: dict[str, Any] | None = None,
         stopwatch: Stopwatch | None = None,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        world: World | None = None,
+        monitor: DriftMonitor | None = None,
     ) -> None:
         """
         Args:
-            student: trained in place.
-            out: directory for checkpoints, metrics and the final model; None keeps everything in memory.
+            student: trained in place; gets adapters if the config says so, and is sharded over the ranks.
+            source: of this rank. Sources of different ranks give equally many batches.
+            out: directory for checkpoints, metrics and the final model, which all ranks see; None keeps
+                everything in memory.
             provenance: what `opd.json` of the trained model says, beside this run's config.
-            on_step: called with (step, metrics) after each step.
+            on_step: called with (step, metrics) after each step, on every rank.
+            world: the ranks that train together; None is this process alone.
+            monitor: gets the metrics of every step, on the first rank; alarms whose state changes go into
+                the step's row of the metrics.
         """
         self.student, self.config = student, config
         self._source, self._out, self._on_step = source, out, on_step
+        self._world = world or World()
+        self._monitor = monitor
         described = {
             "student": student.info.to_json(),
-            "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "save_every"},
+            "config": config.to_json(),
             "source": source.identity(),
         }
         self._provenance = json.loads(json.dumps({**(provenance or {}), **described}, allow_nan=False))
+        check_ranks_agree(self._provenance, self._world.gather(self._provenance))
         self.stopwatch = stopwatch or Stopwatch()
         self.step = 0
+        self._supply = Supply(source, config, self.stopwatch, self._proximal_logprob)
+        if config.lora is not None:
+            lora.add_adapters(student, config.lora, seed=config.seed)
+        shard(student, self._world)
         self._parameters = [p for p in student.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self._optimizer = make_optimizer(self._parameters, config)
         if config.gradient_checkpointing:
             # transformers 5 renames it; both take these settings first.
             old = student.model.gradient_checkpointing_enable
@@ -161,171 +118,240 @@ class Trainer:
 
         Raises:
             MismatchError: the checkpoint in `out` is of another run.
-            OpdError: the loss is not finite (with the rows of the step), or the source ended early.
+            OpdError: the loss or the gradient is not finite (with the rows of the step; see `replay`), the
+                source ended early, memory ran out, or another process trains in `out`.
             StorageError: the disk refused; earlier checkpoints are intact.
         """
-        torch.manual_seed(self.config.seed)
         metrics: dict[str, float] = {}
-        if self._out is not None:
-            if (self._out / FINAL_DIR).exists():
-                self._check_same_run(self._out / FINAL_DIR)
-                trained = load_causal_lm(self._out / FINAL_DIR, device=str(self.student.device))
-                self.student.model.load_state_dict(trained.model.state_dict())
-                self.step = self.config.steps
-                return metrics
-            # Before the first step, so that an unusable place costs no work.
-            with storage_errors(self._out):
-                self._out.mkdir(parents=True, exist_ok=True)
-                remove_partial(self._out)
-            if (checkpoint := latest_checkpoint(self._out)) is not None:
-                self._resume(checkpoint)
-            self._trim_metrics()
-        while self.step < self.config.steps:
-            metrics = self._train_step()
-            self._log(metrics)
-            every = self.config.save_every
-            if self._out is not None and every and self.step % every == 0 and self.step < self.config.steps:
-                with self.stopwatch.measure("checkpoint"):
-                    state = {
-                        "source": self._source.state_dict(),
-                        "seconds": dict(self.stopwatch.seconds),
-                    }
-                    save_checkpoint(
-                        self.student, self._optimizer, state, self._provenance, self._out, self.step
-                    )
-        self.student.model.eval()
-        if self._out is not None:
-            save_model(self.student, self._out / FINAL_DIR, self._provenance)
+        with ExitStack() as stack:
+            if (final := self.final_dir) is not None:
+                if not self._exists(final):
+                    # Before the first step, so that an unusable place costs no work.
+                    stack.enter_context(locked(self._out, self._world))  # type: ignore[arg-type]
+                if self._exists(final):
+                    check_same_run(final, self._provenance, read_provenance(final))
+                    adapters = self.config.lora is not None
+                    load_trained(self.student, final, adapters=adapters, world=self._world)
+                    self.step = self.config.steps
+                    return metrics
+            self._begin()
+            while self.step < self.config.steps:
+                metrics = self._train_step()
+                self._report(metrics)
+                self._save_checkpoint()
+            self.student.model.eval()
+            if final is not None:
+                export = None
+                if self.config.lora is not None:
+                    export = lambda tensors, temp: lora.export_merged(self.student, tensors, temp)  # noqa: E731
+                save_model(self.student, final, self._provenance, world=self._world, export=export)
         return metrics
+
+    def replay(self, report: Path) -> list[TeacherBatch]:
+        """Go to just before the step that `report` is about, and give its batches of this rank.
+
+        Student, optimizer, source and random state are then what they were. The way there leads from the
+        newest checkpoint, or else from the start, through every step again, and writes nothing. To look at
+        one batch:
+
+            for batch in trainer.replay(Path("out/replay-step-00000042.json")):
+                hidden = response_hidden(trainer.student, batch)
+                distill_loss(trainer.config.loss, hidden=hidden, lm_head=trainer.student.logits, batch=batch)
+
+        Raises:
+            FormatError: not such a file.
+            MismatchError: it is of another run, or this run comes to another place.
+        """
+        content = read_replay(report)
+        check_same_run(report, self._provenance, content["provenance"])
+        self._begin(write=False)
+        while self.step < content["step"] - 1:
+            self._observe(self._train_step())
+        batches = [batch for batch, _ in self._supply.of_step(self.step)]
+        expected = content["ranks"][self._world.rank]["source"]
+        for name, there, here in differences(expected, json.loads(json.dumps(self._supply.before))):
+            raise MismatchError(
+                f"{report}: source {name} was {there!r:.200} before the step, and is {here!r:.200} now; "
+                "the run cannot be repeated with this checkpoint and source",
+                field=name,
+                expected=repr(there),
+                found=repr(here),
+            )
+        self.student.model.train()
+        return batches
+
+    def _exists(self, path: Path) -> bool:
+        return bool(self._world.gather(path.exists())[0])
+
+    def _begin(self, *, write: bool = True) -> None:
+        """Seed, and resume if there is something to go on from."""
+        # Other dropout on every rank.
+        torch.manual_seed(self.config.seed + (self._world.rank << 32))
+        if self._out is None:
+            return
+        if write and self._world.first:
+            with storage_errors(self._out):
+                remove_partial(self._out)
+        found = latest_checkpoint(self._out)
+        if (name := self._world.gather(found and found.name)[0]) is not None:
+            self._resume(self._out / name)
+        if write and self._world.first:
+            trim_metrics(self._out, self.step)
+            if self._monitor is not None:
+                self._monitor.replay(read_metrics(self._out))
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        self.student.model.train()
         lr = learning_rate(config, self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = defaultdict(float)
-        n_kept = n_tokens = 0
-        rows: list[int] = []
-        started = time.perf_counter()
-        for _ in range(config.accumulate):
-            with self.stopwatch.measure("data"):
-                batch = self._source.next_batch()
-            if batch is None:
-                raise OpdError(f"step {self.step + 1}: the source has no more batches; give it more epochs")
-            rows += batch.row_ids.tolist()
+        started, waited = time.perf_counter(), self.stopwatch.seconds["data"]
+        batches: list[TeacherBatch] = []
+        sums: dict[str, float] = {"kept_by_all": 0.0, "tokens": 0.0}
+        try:
+            for batch, proximal in self._supply.of_step(self.step):
+                batches.append(batch)
+                with self.stopwatch.measure("student"):
+                    result = self._backward(batch, proximal)
+                sums["kept_by_all"] += result.n_kept
+                sums["tokens"] += batch.n_tokens
+                for name, value in result.sums.items():
+                    sums[name] = sums.get(name, 0.0) + value
             with self.stopwatch.measure("student"):
-                self.student.model.train()
-                with self._autocast(batch):
-                    result = distill_loss(
-                        config.loss,
-                        hidden=response_hidden(self.student, batch),
-                        lm_head=self.student.logits,
-                        batch=batch,
-                        chunk=config.head_chunk,
-                    )
-                if not math.isfinite(result.sums["loss"]):
-                    raise OpdError(
-                        f"step {self.step + 1}: loss is {result.sums['loss']} on cache rows {rows[:32]}; "
-                        "lower the learning rate, or inspect these rows"
-                    )
-                result.loss.backward()
-            n_kept += result.n_kept
-            n_tokens += batch.n_tokens
-            for name, value in result.sums.items():
-                sums[name] += value
-        with self.stopwatch.measure("student"):
-            # One denominator for the whole step, so that accumulation equals one large batch.
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(max(n_kept, 1))
-            limit = config.grad_clip or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit).item()
-            if not math.isfinite(grad_norm):
+                sums = self._world.sum(sums)
+                n_kept, n_tokens = sums.pop("kept_by_all"), sums.pop("tokens")
+                grad_norm = clip_mean_gradient(self._parameters, n_kept, config.grad_clip)
                 # A token whose log-prob is not finite leaves the loss, but not the gradient.
-                raise OpdError(
-                    f"step {self.step + 1}: the gradient is {grad_norm} on cache rows {rows[:32]}; "
-                    "lower the learning rate, or inspect these rows and the student's weights"
-                )
-            self._optimizer.step()
+                for what, value in (("loss", sums["loss"]), ("gradient", grad_norm)):
+                    if not math.isfinite(value):
+                        raise self._not_finite(what, value, sums, batches)
+                self._optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.step + 1, config, self._source.identity(), batches, error) from error
         self.step += 1
         seconds = time.perf_counter() - started
-        return {"lr": lr, "grad_norm": grad_norm, **summarise(sums), "tokens_per_s": n_tokens / seconds}
+        return {
+            "lr": lr,
+            "grad_norm": grad_norm,
+            **summarise(sums),
+            "tokens_per_s": n_tokens / seconds,
+            "data_share": (self.stopwatch.seconds["data"] - waited) / seconds,
+        }
 
-    def _autocast(self, batch: TeacherBatch) -> Any:  # noqa: ANN401
+    def _backward(self, batch: TeacherBatch, proximal: Tensor | None) -> BatchLoss:
+        """Add a batch's summed gradient to the parameters'."""
+        # What follows is computed again in backward, so the head stays whole until then.
+        with whole_head(self.student):
+            self.student.model.train()
+            with self._autocast():
+                age = (
+                    None if batch.policy_version is None else (self.step - batch.policy_version).clamp(min=0)
+                )
+                result = distill_loss(
+                    self.config.loss,
+                    hidden=self._hidden(batch),
+                    lm_head=self._head(),
+                    batch=batch,
+                    chunk=self.config.head_chunk,
+                    proximal_logprob=proximal,
+                    age=age,
+                )
+            result.loss.backward()
+        return result
+
+    def _hidden(self, batch: TeacherBatch) -> Tensor:
+        return response_hidden(self.student, batch, agree=self._world.max if self._world.size > 1 else None)
+
+    def _head(self) -> LmHead:
+        head: LmHead | None = self.student.head
+        return self.student.logits if head is None else head
+
+    def _autocast(self) -> Any:  # noqa: ANN401
         if not self.config.autocast:
             return nullcontext()
-        return torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.student.device.type, dtype=torch.bfloat16)
 
-    def _log(self, metrics: dict[str, float]) -> None:
-        if self._out is not None:
+    @torch.no_grad()
+    def _proximal_logprob(self, batch: TeacherBatch) -> Tensor:
+        """[N] float32 log-probs of the sampled tokens under the student as it is now."""
+        with self.stopwatch.measure("student"), whole_head(self.student), self._autocast():
+            self.student.model.train()
+            ids = batch.target_ids[:, None]
+            return topk_logprobs(self._hidden(batch), self._head(), ids, chunk=self.config.head_chunk)[:, 0]
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        alarms: list[Alarm] = []
+        if self._monitor is not None and self._world.first:
+            alarms = self._monitor.update(self.step, metrics)
+        if self._out is not None and self._world.first:
             row = {"step": self.step, **metrics, "seconds": dict(self.stopwatch.seconds)}
-            path = self._out / METRICS_FILE
-            with storage_errors(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            if alarms:
+                row["alarms"] = [alarm.to_json() for alarm in alarms]
+            append_metrics(self._out, row)
         if self._on_step is not None:
             self._on_step(self.step, metrics)
+        self._observe(metrics)
 
-    def _trim_metrics(self) -> None:
-        """Drop the lines of steps that will be run again, and a line cut short by a kill."""
-        assert self._out is not None
-        path = self._out / METRICS_FILE
-        if not path.exists():
+    def _observe(self, metrics: dict[str, float]) -> None:
+        if (observe := getattr(self._source, "observe", None)) is not None:
+            observe(metrics)
+
+    def _not_finite(
+        self, what: str, value: float, sums: dict[str, float], batches: list[TeacherBatch]
+    ) -> OpdError:
+        step, report = self.step + 1, None
+        if self._out is not None:
+            report = write_replay(
+                self._out,
+                step,
+                reason=f"{what} is {value}",
+                provenance=self._provenance,
+                sums=sums,
+                source=self._supply.before,
+                batches=batches,
+                tokenizer_fingerprint=self.student.tokenizer_fingerprint,
+                world=self._world,
+            )
+        gathered = self._world.gather([row for batch in batches for row in batch.row_ids.tolist()])
+        rows = [row for own in gathered for row in own]
+        return OpdError(
+            f"step {step}: {what} is {value} on cache rows {rows[:32]}; lower the learning rate, or inspect "
+            "these rows and the student's weights"
+            + (f" (Trainer.replay({str(report)!r}) goes there)" if report else "")
+        )
+
+    def _save_checkpoint(self) -> None:
+        every = self.config.save_every
+        if self._out is None or not every or self.step % every or self.step == self.config.steps:
             return
-        kept = []
-        with storage_errors(path):
-            lines = path.read_text("utf-8", errors="replace").splitlines()
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                break
-        with storage_errors(path):
-            temp = path.with_name(f".{METRICS_FILE}.partial")
-            temp.write_text("".join(line + "\n" for line in kept), "utf-8")
-            temp.replace(path)
+        with self.stopwatch.measure("checkpoint"):
+            state = {"source": self._source.state_dict(), "seconds": dict(self.stopwatch.seconds)}
+            save_checkpoint(
+                self.student,
+                self._optimizer,
+                state,
+                self._provenance,
+                self._out,
+                self.step,
+                world=self._world,
+            )
 
     def _resume(self, checkpoint: Path) -> None:
-        self._check_same_run(checkpoint)
+        check_same_run(checkpoint, self._provenance, read_provenance(checkpoint))
         state = read_state(checkpoint)
         try:
-            self._source.load_state_dict(state["source"])
+            sources = state["source"]
+            same_size = len(sources) == self._world.size
+            # One state may be of a source that does not know of ranks.
+            own = sources[self._world.rank] if same_size else sources if len(sources) > 1 else sources[0]
+            self._source.load_state_dict(own)
             self.stopwatch.seconds.update(state["seconds"])
             self.step = int(state["step"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, OpdError):
                 raise
             raise IntegrityError(
                 f"{checkpoint}: its state lacks {error!s:.200}; delete it to start again"
             ) from error
-        load_tensors(self.student, self._optimizer, checkpoint, state)
-
-    def _check_same_run(self, directory: Path) -> None:
-        found = read_provenance(directory)
-        for name, expected, other in _differences("", self._provenance, found):
-            raise MismatchError(
-                f"{directory}: belongs to another run: {name} is {other!r:.200} there, "
-                f"{expected!r:.200} here. Choose another output directory, or delete this one.",
-                field=name,
-                expected=repr(expected),
-                found=repr(other),
-            )
-
-
-def learning_rate(config: DistillConfig, step: int) -> float:
-    """The rate of step `step`, counted from 0."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    left = (config.steps - step) / max(1, config.steps - config.warmup_steps)
-    return config.lr * warm * (config.final_lr_share + (1 - config.final_lr_share) * min(1.0, left))
-
-
-def _differences(prefix: str, expected: object, found: object) -> Iterator[tuple[str, object, object]]:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for name in sorted(expected.keys() | found.keys()):
-            yield from _differences(
-                f"{prefix}.{name}" if prefix else name, expected.get(name), found.get(name)
-            )
-    elif expected != found:
-        yield prefix, expected, found
+        load_checkpoint(self.student, self._optimizer, checkpoint, state, world=self._world)

@@ -44,6 +44,19 @@ def test_console_block_runs(tmp_path):
     assert _names(shown) == _names(next(block for block in _blocks("text") if "bytes per position" in block))
 
 
+def test_the_console_block_about_drift_runs(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    text = (ROOT / "docs" / "drift.md").read_text("utf-8")
+    lines = re.findall(r"^\$ (.+)$", text, flags=re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        opd = ["-c", "from opd_tools.main import main; main()"] if program == "opd" else []
+        done = _run([sys.executable, *opd, *arguments], tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "runs/tiny/run/report.html").is_file()
+
+
 def _names(inspected: str) -> list[str]:
     """Sections and field names of `opd inspect`; values differ with versions."""
     return [line[:22].strip() for line in inspected.splitlines()]

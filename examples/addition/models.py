@@ -84,7 +84,7 @@ def train_supervised(
     Returns:
         Steps made.
     """
-    ids_MS, labels_MS = _padded(examples)
+    ids_MS, labels_MS = padded(examples)
     optimizer = torch.optim.AdamW(
         lm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -122,7 +122,7 @@ def train_supervised(
     return step
 
 
-def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     # Padding on the right is never attended to by the tokens before it, so it needs no mask, only no label.
     longest = max(len(ids) for ids, _ in examples)
     ids_MS = torch.zeros(len(examples), longest, dtype=torch.int64)

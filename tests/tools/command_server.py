@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def child(request: dict[str, Any], out: int, err: int, report: Path) -> None:
         os.environ.update(request.get("environment", {}))
         if "file_bytes" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+        if "kill_after_s" in request:
+            timer = threading.Timer(request["kill_after_s"], os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
         if request.get("count_events"):
             count_events(request.get("kill_at"), report)
         try:

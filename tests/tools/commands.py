@@ -83,7 +83,7 @@ class CommandServer:
         Args:
             args: of the command.
             request: `file_bytes` (no file may grow beyond), `count_events`, `kill_at` (event number to be
-                killed at) and `environment`.
+                killed at), `kill_after_s` (seconds to be killed after) and `environment`.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -180,7 +180,7 @@ def test_weights_that_are_not_numbers(opd, work, cache, nan_model, tmp_path):
     opd("rollouts", nan_model, work / "prompts.jsonl", out, "--max-new-tokens", 3).refused(1, "nan")
     assert not (out / "manifests").exists()
     args = ("train", cache, "--student", nan_model, "--out", tmp_path / "run", "--steps", 2)
-    opd(*args).refused(1, "step 1", "cache rows [", "inspect these rows")
+    opd(*args).refused(1, nan_model, "before the first step", "check weights")
     assert not (tmp_path / "run/final").exists()
 
 

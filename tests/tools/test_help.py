@@ -24,7 +24,7 @@ def opd(*args):
 
 
 def test_the_verbs():
-    assert VERBS == ["eval", "inspect", "rollouts", "score", "train", "verify"]
+    assert VERBS == ["eval", "inspect", "report", "rollouts", "score", "train", "verify"]
     shown = opd("--help")
     assert shown.exit_code == 0
     assert all(re.search(rf"^  {verb} ", shown.output, re.MULTILINE) for verb in VERBS)

@@ -14,8 +14,10 @@ from train.tiny_models import CONTEXT, VOCAB, loaded, random_rollouts, scored_ca
 
 from opd_store import Rollout, SamplerInfo
 from opd_train import CacheStream, Objective, Prompt, cache_divergence, sample_rollouts
+from opd_train.batch_loss import distill_loss
 from opd_train.forward import response_hidden
-from opd_train.objectives import LossConfig, distill_loss, summarise
+from opd_train.objectives import LossConfig
+from opd_train.step_metrics import summarise
 
 OBJECTIVES = list(Objective)
 

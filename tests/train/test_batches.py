@@ -10,7 +10,7 @@ import torch
 from train.tiny_models import VOCAB, random_rollouts, scored_cache
 
 from opd_store import NO_ID, InvalidRolloutError, Rollout
-from opd_train import TeacherTargets, collate
+from opd_train import BatchAssembler, TeacherTargets, collate
 from opd_train.forward import response_hidden
 
 
@@ -172,3 +172,26 @@ def test_a_rollout_of_one_and_one_token():
     batch = collate([Rollout(token_ids=np.array([4, 5], np.uint32), prompt_len=1)], vocab_size=6)
     assert batch.padded()[2].tolist() == [0]
     assert batch.cu_responses.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [([4, 0, 2**53 - 1], [4, 0, 2**53 - 1]), ([4, None, 5], None), ([None] * 3, None)],
+    ids=["all", "some", "none"],
+)
+def test_policy_versions_come_from_rollouts_and_from_a_cache(teacher, tmp_path, versions, expected):
+    plain = random_rollouts(3, seed=4)
+    marked = [
+        dataclasses.replace(r, policy_version=version) for r, version in zip(plain, versions, strict=True)
+    ]
+    cache = scored_cache(tmp_path / "cache", teacher, marked)
+    packed = collate(marked, vocab_size=VOCAB)
+    # One run of neighbours, and several.
+    forward, mixed = (BatchAssembler([cache]).assemble(0, rows) for rows in ([0, 1, 2], [2, 0, 1]))
+    if expected is None:
+        assert packed.policy_version is forward.policy_version is mixed.policy_version is None
+        return
+    assert packed.policy_version.tolist() == forward.policy_version.tolist() == expected
+    assert mixed.policy_version.tolist() == [expected[row] for row in (2, 0, 1)]
+    assert packed.to("cpu").policy_version.dtype == torch.int64
+    assert "policy_version" in forward.tensors()

@@ -10,12 +10,19 @@ import torch
 from train.tiny_models import VOCAB, loaded, random_rollouts, scored_cache
 
 from opd_store import InvalidArgumentError
-from opd_train import CorrectionConfig, CorrectionKind, Objective, collate, correction_weights
+from opd_train import CorrectionConfig, CorrectionKind, Objective, collate
+from opd_train.batch_loss import distill_loss
+from opd_train.batches import TeacherTargets
+from opd_train.corrections import StalenessDecay
 from opd_train.forward import response_hidden
-from opd_train.objectives import LossConfig, distill_loss, summarise
+from opd_train.head import HeadWeights, topk_logprobs
+from opd_train.objectives import LossConfig
+from opd_train.step_metrics import summarise
 
 NONE = CorrectionConfig()
 TIS = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=1.5)
+SEQUENCE = CorrectionConfig(kind=CorrectionKind.SEQUENCE_TIS, cap=3.0)
+PPO = CorrectionConfig(kind=CorrectionKind.PPO)
 CLIP = 2.0
 
 
@@ -29,7 +36,25 @@ def batch(teacher, tmp_path_factory):
     cache = scored_cache(tmp_path_factory.mktemp("objectives") / "cache", teacher, rollouts, topk=6)
     batch = collate(list(cache), vocab_size=VOCAB)
     assert 0 < batch.loss_mask.sum() < len(batch.loss_mask)
-    return batch
+    n = len(batch.loss_mask)
+    generator = torch.Generator().manual_seed(0)
+    # As `draw_weights` makes them, and with a position of fewer ids.
+    drawn = torch.stack([torch.randperm(VOCAB, generator=generator)[:4] for _ in range(n)]).int()
+    weight = torch.softmax(torch.randn(n, 4, generator=generator), dim=-1)
+    weight[1] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    logprob = torch.log_softmax(torch.randn(n, 9, generator=generator), dim=-1)[:, :4]
+    logprob[1, 2:] = -torch.inf
+    chosen = torch.stack([torch.randperm(VOCAB, generator=generator)[:3] for _ in range(n)]).int()
+    return dataclasses.replace(
+        batch,
+        reference_logprob=batch.behaviour_logprob + 0.1,
+        drawn_ids=drawn,
+        drawn_logprob=logprob,
+        drawn_weight=weight,
+        chosen_ids=chosen,
+        chosen_logprob=torch.full((n, 3), 0.2).log(),
+        chosen_log_tail=torch.full((n,), 0.4).log(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,46 +68,107 @@ def hidden(student, batch):
         return response_hidden(student, batch)
 
 
-def expected_sums(objective, correction, batch, logits, behaviour):
+@pytest.fixture(scope="module", params=["callable", "weights"])
+def lm_head(request, student):
+    """The two ways to give a head: the second computes gradients piece by piece."""
+    weight = student.model.get_output_embeddings().weight.detach()
+    return student.logits if request.param == "callable" else HeadWeights(weight=weight)
+
+
+def bins(batch, log_q, ids, logprob, log_tail):
+    """Teacher and student on the ids and one bucket for the rest."""
+    p = torch.cat([logprob, log_tail[:, None]], dim=1).double()
+    rest = log_q.scatter(-1, ids.long(), -torch.inf)
+    q = torch.cat([log_q.gather(-1, ids.long()), torch.logsumexp(rest, dim=-1, keepdim=True)], dim=1)
+    return p, q
+
+
+def kl(p, q):
+    return (p.exp() * (p - q)).sum(dim=-1)
+
+
+def reference_loss(config, batch, log_q):
+    """[N] in float64 from the student's full distribution, before weights."""
+    sampled = log_q.gather(-1, batch.target_ids[:, None])[:, 0]
+    objective = config.objective
+    if objective is Objective.CROSS_ENTROPY:
+        return -sampled
+    if objective is Objective.LIGHTNING:
+        return -(batch.teacher_logprob.double() - sampled.detach()).clamp(-CLIP, CLIP) * sampled
+    if objective is Objective.RANDOM_SAMPLING_KD:
+        weight, logprob = batch.drawn_weight.double(), batch.drawn_logprob.double()
+        gap = torch.where(weight > 0, logprob - log_q.gather(-1, batch.drawn_ids.long()), 0.0)
+        return (weight * gap).sum(dim=-1)
+    p, q = bins(batch, log_q, batch.topk_ids, batch.topk_logprob, batch.log_tail)
+    if objective is Objective.FORWARD_KL:
+        return kl(p, q)
+    if objective is Objective.REVERSE_KL:
+        return kl(q, p)
+    if objective is Objective.JSD:
+        mixture = (config.beta * p.exp() + (1 - config.beta) * q.exp()).log()
+        return config.beta * kl(p, mixture) + (1 - config.beta) * kl(q, mixture)
+    p, q = p[:, :-1], q[:, :-1]
+    if objective is Objective.TRUNCATED_FORWARD_KL:
+        return kl(p, q)
+    p, q = torch.log_softmax(p, dim=-1), torch.log_softmax(q, dim=-1)
+    return kl(p, q) if objective is Objective.RENORMALISED_FORWARD_KL else kl(q, p)
+
+
+def expected_sums(config, batch, logits):
     """Loss sum and number of tokens, in float64 from the student's full logits."""
+    correction = config.correction
     log_q = torch.log_softmax(logits.double(), dim=-1)
     sampled = log_q.gather(-1, batch.target_ids[:, None])[:, 0]
     mask = batch.loss_mask.clone()
+    if correction.needs_behaviour:
+        mask &= torch.isfinite(batch.behaviour_logprob)
     weight = torch.ones_like(sampled)
+    log_rho = (sampled.detach() - batch.behaviour_logprob.double()).where(mask, torch.tensor(0.0).double())
     if correction.kind is CorrectionKind.TOKEN_TIS:
-        mask &= torch.isfinite(behaviour)
-        weight = (sampled.detach() - behaviour.double()).exp().clamp(max=correction.cap)
-        weight = torch.where(mask, weight, 0.0)
-    if objective is Objective.CROSS_ENTROPY:
-        loss = -weight * sampled
-    elif objective is Objective.LIGHTNING:
-        gap = (batch.teacher_logprob.double() - sampled.detach()).clamp(-CLIP, CLIP)
-        loss = -weight * gap * sampled
-    else:
-        p = torch.cat([batch.topk_logprob, batch.log_tail[:, None]], dim=1).double()
-        rest = log_q.scatter(-1, batch.topk_ids, -torch.inf)
-        tail = torch.logsumexp(rest, dim=-1, keepdim=True)
-        q = torch.cat([log_q.gather(-1, batch.topk_ids), tail], dim=1)
-        first, second = (p, q) if objective is Objective.FORWARD_KL else (q, p)
-        loss = weight * (first.exp() * (first - second)).sum(dim=-1)
+        weight = log_rho.exp().clamp(max=correction.cap)
+    elif correction.kind is CorrectionKind.SEQUENCE_TIS:
+        sums = [part.sum().expand(len(part)) for part in log_rho.split(batch.cu_responses.diff().tolist())]
+        weight = torch.cat(sums).exp().clamp(max=correction.cap)
+    loss = weight * reference_loss(config, batch, log_q)
+    if config.cross_entropy:
+        loss = (1 - config.cross_entropy) * loss - config.cross_entropy * sampled
+    if correction.reference_kl:
+        gap = sampled - batch.reference_logprob.double()
+        loss = loss + correction.reference_kl * ((-gap).exp() - 1 + gap)
     return loss[mask].sum(), int(mask.sum())
 
 
+CASES = [
+    *[LossConfig(objective=objective, clip=CLIP) for objective in Objective],
+    *[LossConfig(objective=objective, clip=CLIP, correction=TIS) for objective in Objective],
+    LossConfig(objective=Objective.LIGHTNING, clip=CLIP, correction=SEQUENCE),
+    LossConfig(objective=Objective.FORWARD_KL, correction=SEQUENCE),
+    LossConfig(objective=Objective.JSD, beta=0.1),
+    LossConfig(objective=Objective.REVERSE_KL, cross_entropy=0.3),
+    LossConfig(objective=Objective.LIGHTNING, clip=CLIP, correction=CorrectionConfig(reference_kl=0.5)),
+]
+
+
+def name_of(config):
+    extra = {"cross_entropy": config.cross_entropy, "beta": config.beta - 0.5}
+    extra["reference_kl"] = config.correction.reference_kl
+    return "-".join(
+        [config.objective.value, config.correction.kind.value, *(name for name, on in extra.items() if on)]
+    )
+
+
 @pytest.mark.parametrize("chunk", [5, 1000])
-@pytest.mark.parametrize("correction", [NONE, TIS], ids=["none", "token_tis"])
-@pytest.mark.parametrize("objective", list(Objective))
-def test_value_count_and_gradient(batch, student, hidden, objective, correction, chunk):
+@pytest.mark.parametrize("config", CASES, ids=name_of)
+def test_value_count_and_gradient(batch, student, hidden, lm_head, config, chunk):
     behaviour = batch.behaviour_logprob.clone()
     behaviour[::5] = float("nan")
     marked = dataclasses.replace(batch, behaviour_logprob=behaviour)
     exact = hidden.double().requires_grad_()
     head = student.model.get_output_embeddings().weight.detach()
-    wanted, n = expected_sums(objective, correction, marked, exact @ head.double().T, behaviour)
+    wanted, n = expected_sums(config, marked, exact @ head.double().T)
     wanted.backward()
     ours = hidden.clone().requires_grad_()
-    result = distill_loss(
-        config(objective, correction), hidden=ours, lm_head=student.logits, batch=marked, chunk=chunk
-    )
+    result = distill_loss(config, hidden=ours, lm_head=lm_head, batch=marked, chunk=chunk)
     result.loss.backward()
     assert result.n_kept == n
     assert result.loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-4)
@@ -90,6 +176,74 @@ def test_value_count_and_gradient(batch, student, hidden, objective, correction,
     masked = ~batch.loss_mask
     assert (ours.grad[masked] == 0).all(), "a masked token has no gradient"
     student.model.zero_grad()
+
+
+def test_chosen_ids_are_another_support(batch, student, hidden, lm_head):
+    config = LossConfig(objective=Objective.REVERSE_KL, chosen_ids=True)
+    log_q = torch.log_softmax(student.logits(hidden).detach().double(), dim=-1)
+    p, q = bins(batch, log_q, batch.chosen_ids, batch.chosen_logprob, batch.chosen_log_tail)
+    found = distill_loss(config, hidden=hidden, lm_head=lm_head, batch=batch)
+    assert found.loss.item() == pytest.approx(kl(q, p)[batch.loss_mask].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Objective.FORWARD_KL, Objective.LIGHTNING])
+def test_several_teachers_are_averaged_with_their_weights(batch, student, hidden, lm_head, objective):
+    other = TeacherTargets(
+        teacher_logprob=batch.teacher_logprob - 0.5,
+        topk_ids=batch.topk_ids.roll(1, dims=0)[:, :4],
+        topk_logprob=batch.topk_logprob.roll(1, dims=0)[:, :4],
+        log_tail=torch.logaddexp(
+            batch.log_tail.roll(1), torch.logsumexp(batch.topk_logprob.roll(1, dims=0)[:, 4:], dim=-1)
+        ),
+    )
+    both = dataclasses.replace(batch, joined=(other,))
+    alone = dataclasses.replace(batch, **dataclasses.asdict(other))
+
+    def loss(batch, weights=()):
+        config = LossConfig(objective=objective, clip=CLIP, teacher_weights=weights)
+        return distill_loss(config, hidden=hidden, lm_head=lm_head, batch=batch).loss.item()
+
+    expected = 0.75 * loss(batch) + 0.25 * loss(alone)
+    assert loss(both, (3.0, 1.0)) == pytest.approx(expected, rel=1e-5)
+    assert loss(both, (1.0, 0.0)) == pytest.approx(loss(batch), rel=1e-6)
+    assert loss(both) == loss(batch), "without weights, joined teachers are only read along"
+    with pytest.raises(InvalidArgumentError, match=r"teacher_weights: 3 for 2 teachers"):
+        loss(both, (1.0, 1.0, 1.0))
+    with pytest.raises(InvalidArgumentError, match=r"joined teacher 1: objective .* needs"):
+        loss(dataclasses.replace(batch, joined=(TeacherTargets(),)), (1.0, 1.0))
+
+
+def test_ppo_clips_around_the_proximal_policy(batch, student, hidden, lm_head):
+    config = LossConfig(objective=Objective.LIGHTNING, clip=CLIP, correction=PPO)
+    log_q = torch.log_softmax(student.logits(hidden).detach().double(), dim=-1)
+    sampled = log_q.gather(-1, batch.target_ids[:, None])[:, 0]
+    proximal = sampled.float() + torch.linspace(-0.5, 0.5, len(sampled))
+    gap = (batch.teacher_logprob.double() - sampled).clamp(-CLIP, CLIP)
+    ratio = (sampled - proximal.double()).exp()
+    clipped = torch.where(gap > 0, ratio > PPO.high, ratio < PPO.low)
+    stale = (proximal.double() - batch.behaviour_logprob.double()).exp().clamp(max=PPO.cap)
+    weight = torch.where(clipped, 0.0, ratio * stale)
+    found = distill_loss(
+        config, hidden=hidden, lm_head=lm_head, batch=batch, chunk=7, proximal_logprob=proximal
+    )
+    expected = -(weight * gap * sampled)[batch.loss_mask].sum().item()
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert 0 < clipped.sum() < len(clipped)
+
+
+def test_an_old_rollout_counts_less(batch, student, hidden, lm_head):
+    stale = StalenessDecay(full_until=1, rate=0.5, drop_after=4)
+    config = LossConfig(objective=Objective.FORWARD_KL, correction=CorrectionConfig(staleness=stale))
+    age = torch.arange(len(batch.cu_responses) - 1)
+    found = distill_loss(config, hidden=hidden, lm_head=lm_head, batch=batch, age=age)
+    log_q = torch.log_softmax(student.logits(hidden).detach().double(), dim=-1)
+    age_N = torch.repeat_interleave(age, batch.cu_responses.diff().long())
+    weight = torch.exp(-0.5 * (age_N - 1).clamp(min=0)).where(age_N <= 4, torch.tensor(0.0))
+    expected = (weight * reference_loss(config, batch, log_q))[batch.loss_mask].sum().item()
+    assert found.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert found.n_kept == int((batch.loss_mask & (age_N <= 4)).sum())
+    with pytest.raises(InvalidArgumentError, match="age"):
+        distill_loss(config, hidden=hidden, lm_head=lm_head, batch=batch)
 
 
 def test_the_monitors(batch, student, hidden):
@@ -103,10 +257,16 @@ def test_the_monitors(batch, student, hidden):
     sampled = log_q.gather(-1, batch.target_ids[mask][:, None])[:, 0].numpy()
     rho = np.exp(sampled - batch.behaviour_logprob[mask].double().numpy())
     weight = np.minimum(rho, TIS.cap)
-    q = log_q.gather(-1, batch.topk_ids[mask]).exp()
+    gap = batch.teacher_logprob[mask].double().numpy() - sampled
+    tail = batch.log_tail[mask].double()
+    q = log_q.gather(-1, batch.topk_ids[mask].long()).exp()
     expected = {
         "loss": result.loss.item() / result.n_kept,
         "dropped": 0.0,
+        "weight_ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()),
+        "k3": (rho - 1 - np.log(rho)).mean(),
+        "clipped": (np.abs(gap) >= CLIP).mean(),
+        "tail_kl": (tail.exp() * (tail - (1 - q.sum(-1)).log())).mean().item(),
         "ratio_mean": rho.mean(),
         "chi2": (rho**2).mean() - 1,
         "ess": rho.sum() ** 2 / (len(rho) * (rho**2).sum()),
@@ -122,22 +282,20 @@ def test_the_monitors(batch, student, hidden):
         assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("objective", list(Objective))
-def test_equal_policies_weigh_exactly_one(batch, student, hidden, objective, monkeypatch):
-    def spy(config, student_logprob, *rest):
-        seen.append(student_logprob.clone())
-        return weights(config, student_logprob, *rest)
-
+@pytest.mark.parametrize("kind", [kind for kind in CorrectionKind if kind not in ("ppo", "gspo")])
+@pytest.mark.parametrize("objective", [Objective.LIGHTNING, Objective.REVERSE_KL, Objective.CROSS_ENTROPY])
+def test_equal_policies_weigh_exactly_one(batch, student, hidden, objective, kind):
     def run(correction, batch):
         return distill_loss(config(objective, correction), hidden=hidden, lm_head=student.logits, batch=batch)
 
-    seen, weights = [], correction_weights
-    monkeypatch.setattr("opd_train.objectives.correction_weights", spy)
-    plain = run(NONE, batch)
+    mask = batch.loss_mask
+    with torch.no_grad():
+        now = topk_logprobs(hidden[mask], student.logits, batch.target_ids[mask][:, None])[:, 0]
     # A behaviour policy that gave every token just the log-prob that the student gives it now.
-    weighted = run(TIS, dataclasses.replace(batch, behaviour_logprob=seen[0]))
+    equal = dataclasses.replace(batch, behaviour_logprob=torch.zeros(len(mask)).masked_scatter(mask, now))
+    weighted = run(CorrectionConfig(kind=kind), equal)
     assert weighted.sums["w"] == weighted.sums["w2"] == weighted.n_kept
-    assert weighted.loss.item() == plain.loss.item()
+    assert weighted.loss.item() == run(NONE, batch).loss.item()
     assert summarise(weighted.sums)["ratio_mean"] == summarise(weighted.sums)["ess"] == 1.0
 
 

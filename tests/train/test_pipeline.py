@@ -19,8 +19,9 @@ from train.tiny_models import (
 
 import opd_store
 from opd_store import CacheExistsError, InvalidArgumentError, MismatchError, SamplerInfo
-from opd_train import Prompt, load_causal_lm, roll_out, score_cache
+from opd_train import Prompt, load_causal_lm, roll_out, score_cache, score_rollouts
 from opd_train import pipeline as module
+from opd_train.drawing import Draws
 
 SAMPLER = SamplerInfo(temperature=0.7, top_p=0.9, max_new_tokens=5, seed=3)
 PROMPTS = [Prompt(ids=np.array([7 + i, 9], np.uint32), sample_id=f"p{i}", label=str(i)) for i in range(7)]
@@ -90,11 +91,12 @@ def test_interrupted_rollouts_end_in_the_same_versions(student, tmp_path, monkey
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
-def test_interrupted_scoring_ends_in_the_same_versions(teacher, tmp_path, monkeypatch, cut):
+@pytest.mark.parametrize("draws", [None, Draws(6, 1.2)], ids=["topk", "draws"])
+def test_interrupted_scoring_ends_in_the_same_versions(teacher, tmp_path, monkeypatch, cut, draws):
     rollouts = random_rollouts(8)
 
     def run(path):
-        return score_cache(teacher, rollouts, meta_of(teacher), path, topk=4, commit_rollouts=3)
+        return score_cache(teacher, rollouts, meta_of(teacher), path, topk=4, draws=draws, commit_rollouts=3)
 
     whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -233,3 +235,73 @@ def test_the_same_prompt_id_twice(student, tmp_path):
     with pytest.raises(InvalidArgumentError, match="1 of the ids occur twice"):
         roll_out(student, [PROMPTS[0], PROMPTS[0]], tmp_path / "r", SAMPLER)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("topk", [0, 4])
+@pytest.mark.parametrize(("encoding", "error"), [("plain", 0.0), ("ladder/128", 1 / 256 + 1e-6)])
+def test_draws_and_chosen_ids_are_in_the_cache(student, teacher, tmp_path, topk, encoding, error):
+    rollouts = random_rollouts(6, seed=2)
+    draws = Draws(9, 1.5, 3)
+    options = {"topk": topk, "draws": draws, "chosen": 3, "chooser": student, "encoding": encoding}
+    score_cache(teacher, rollouts, meta_of(teacher), tmp_path / "c", commit_rollouts=4, **options)
+    cache = opd_store.open(tmp_path / "c")
+    assert opd_store.verify(tmp_path / "c").ok
+    schema = cache.schema
+    assert (schema.topk, schema.sampled, schema.sampled_temperature, schema.chosen) == (topk, 9, 1.5, 3)
+    assert schema.encoding == encoding
+    likely = [scores.topk_ids for scores in score_rollouts(student, rollouts, topk=3)]
+    expected = score_rollouts(teacher, rollouts, topk=topk, draws=draws, chosen_ids=likely)
+    for found, scores in zip(cache, expected, strict=True):
+        for kind in ("sampled", "chosen"):
+            # Rounded log-probs may tie, and ties go by id.
+            ids, own_ids = (getattr(value, f"{kind}_ids") for value in (found, scores))
+            order, own_order = np.argsort(ids, axis=1), np.argsort(own_ids, axis=1)
+            for name, atol in (("ids", 0), ("draws", 0), ("logprob", error + 3e-5)):
+                if (kind, name) != ("chosen", "draws"):
+                    stored = np.take_along_axis(getattr(found, f"{kind}_{name}"), order, axis=1)
+                    exact = np.take_along_axis(getattr(scores, f"{kind}_{name}"), own_order, axis=1)
+                    np.testing.assert_allclose(stored, exact, rtol=0, atol=atol, err_msg=f"{kind}_{name}")
+            tails = (getattr(value, f"{kind}_log_tail") for value in (found, scores))
+            np.testing.assert_allclose(*tails, rtol=0, atol=error + 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"draws": None}, "sampled"),
+        ({"draws": Draws(5)}, "sampled"),
+        ({"draws": Draws(4, 2.0)}, "sampled_temperature"),
+        ({"chosen": 0, "chooser": None}, "chosen"),
+    ],
+)
+def test_other_draws_do_not_go_on_with_a_cache(student, teacher, tmp_path, change, field):
+    def run(**options):
+        args = (teacher, random_rollouts(2), meta_of(teacher), tmp_path / "c")
+        return score_cache(
+            *args, **({"topk": 2, "draws": Draws(4), "chosen": 2, "chooser": student} | options)
+        )
+
+    run()
+    with pytest.raises(MismatchError, match=f": {field} is") as caught:
+        run(**change)
+    assert caught.value.field == field
+
+
+def test_chosen_ids_are_those_that_both_models_have(teacher, tmp_path):
+    # A student with more logits than the teacher, as where vocabularies are padded to other multiples.
+    wide = load_causal_lm(save_tiny(tmp_path / "wide", vocab_size=VOCAB + 40))
+    wide = dataclasses.replace(wide, tokenizer_fingerprint=teacher.tokenizer_fingerprint)
+    rollouts = random_rollouts(5, seed=3)
+    score_cache(teacher, rollouts, meta_of(teacher), tmp_path / "c", topk=0, chosen=20, chooser=wide)
+    likely = [scores.topk_ids for scores in score_rollouts(wide, rollouts, topk=20)]
+    assert max(ids.max() for ids in likely) >= VOCAB
+    for ids, rollout in zip(likely, opd_store.open(tmp_path / "c"), strict=True):
+        for own, all_of_student in zip(rollout.chosen_ids, ids, strict=True):
+            assert set(all_of_student[all_of_student < VOCAB].tolist()) <= set(own.tolist())
+
+
+@pytest.mark.parametrize("options", [{"chosen": 3}, {"chooser": "student"}])
+def test_chosen_ids_need_somebody_who_chose(student, teacher, tmp_path, options):
+    options = {name: student if value == "student" else value for name, value in options.items()}
+    with pytest.raises(InvalidArgumentError, match=r"chosen, chooser: expected both or neither"):
+        score_cache(teacher, random_rollouts(1), meta_of(teacher), tmp_path / "c", topk=2, **options)

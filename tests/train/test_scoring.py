@@ -9,8 +9,9 @@ import pytest
 import torch
 from train.tiny_models import CONTEXT, VOCAB, loaded, naive_logprobs, random_rollouts, save_tiny
 
-from opd_store import InvalidArgumentError, InvalidRolloutError, Rollout
+from opd_store import NO_ID, InvalidArgumentError, InvalidRolloutError, Rollout
 from opd_train import CausalLM, load_causal_lm, score_rollouts
+from opd_train.drawing import Draws
 from opd_train.scoring import plan_batches
 
 # float32 models of two layers; log-probs reach -40.
@@ -219,3 +220,115 @@ def test_a_token_the_sampler_could_not_draw_is_refused(teacher):
     bad = Rollout(token_ids=ids(3, 4, 5, 9), prompt_len=2, sample_id="bad")
     with pytest.raises(InvalidRolloutError, match="response position 1"):
         score_rollouts(teacher, [bad], processor=processor)
+
+
+def check_support(lm, rollout, ids, logprob, log_tail):
+    """Rows of ids with the model's log-probs, in the order of the format, padded at the end."""
+    reference = naive_logprobs(lm, rollout)
+    for at, expected in enumerate(reference):
+        n = int((ids[at] != NO_ID).sum())
+        own = ids[at, :n].astype(np.int64)
+        assert n == len(set(own.tolist()))
+        assert (ids[at, n:] == NO_ID).all()
+        assert (logprob[at, n:] == -np.inf).all()
+        np.testing.assert_array_equal(own, own[np.lexsort((own, -logprob[at, :n]))])
+        np.testing.assert_allclose(logprob[at, :n], expected[own], rtol=1e-5, atol=ATOL)
+        rest = np.delete(np.exp(expected), own).sum()
+        if rest:
+            np.testing.assert_allclose(log_tail[at], np.log(rest), rtol=1e-4, atol=ATOL)
+        else:
+            assert log_tail[at] == -np.inf
+
+
+@pytest.mark.parametrize("draws", [Draws(1), Draws(7, 1.7, 5), Draws(200, 0.5)], ids=str)
+def test_drawn_ids_are_scored_at_temperature_one_and_counted(any_model, draws):
+    rollouts = random_rollouts(5, seed=1)
+    for rollout, scores in zip(
+        rollouts, score_rollouts(any_model, rollouts, topk=3, draws=draws), strict=True
+    ):
+        check(any_model, rollout, scores, 3)
+        args = scores.sampled_ids, scores.sampled_logprob, scores.sampled_log_tail
+        check_support(any_model, rollout, *args)
+        assert scores.sampled_ids.shape == (rollout.response_len, draws.n)
+        assert (scores.sampled_draws.sum(axis=1) == draws.n).all()
+        assert ((scores.sampled_draws > 0) == (scores.sampled_ids != NO_ID)).all()
+        assert scores.sampled_draws.dtype == scores.sampled_ids.dtype == np.uint32
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_draws_come_as_often_as_the_tempered_teacher_says(teacher, temperature):
+    n = 5000
+    rollouts = random_rollouts(4, seed=2)
+    statistic = degrees = 0
+    for rollout, scores in zip(
+        rollouts, score_rollouts(teacher, rollouts, draws=Draws(n, temperature)), strict=True
+    ):
+        tempered = naive_logprobs(teacher, rollout) / temperature
+        expected = n * np.exp(tempered - np.log(np.exp(tempered).sum(axis=1, keepdims=True)))
+        found = np.zeros_like(expected)
+        rows, columns = np.nonzero(scores.sampled_draws)
+        found[rows, scores.sampled_ids[rows, columns]] = scores.sampled_draws[rows, columns]
+        # Chi-square: ids that are expected less than five times share a cell.
+        common = expected >= 5
+        for seen, mean, keep in zip(found, expected, common, strict=True):
+            cells = [*zip(seen[keep], mean[keep], strict=True), (seen[~keep].sum(), mean[~keep].sum())]
+            cells = [(a, b) for a, b in cells if b >= 1]
+            statistic += sum((a - b) ** 2 / b for a, b in cells)
+            degrees += len(cells) - 1
+    assert degrees > 100
+    assert abs(statistic - degrees) < 4 * np.sqrt(2 * degrees), (statistic, degrees)
+
+
+def test_draws_depend_on_rollout_and_seed_and_on_nothing_else(teacher):
+    rollouts = random_rollouts(9, seed=3)
+
+    def ids(rollouts, seed=0, **options):
+        found = score_rollouts(teacher, rollouts, draws=Draws(6, seed=seed), **options)
+        return [(scores.sampled_ids.tolist(), scores.sampled_draws.tolist()) for scores in found]
+
+    whole = ids(rollouts)
+    assert whole == ids(rollouts, batch_tokens=20, chunk=1) == ids(rollouts, topk=4)
+    assert whole == ids(rollouts[::-1])[::-1]
+    assert whole[4] == ids(rollouts[4:5])[0]
+    assert all(ours != theirs for ours, theirs in zip(whole, ids(rollouts, seed=1), strict=True))
+    twin = dataclasses.replace(rollouts[0], sample_id="twin")
+    nameless = dataclasses.replace(rollouts[0], sample_id=None)
+    assert len({str(ids([rollout])[0]) for rollout in (rollouts[0], twin, nameless)}) == 3
+
+
+@pytest.mark.parametrize("width", [1, 4, VOCAB])
+def test_chosen_ids_are_scored_in_the_teachers_order(teacher, width):
+    rollouts = random_rollouts(5, seed=4)
+    rng = np.random.default_rng(0)
+    wanted = [
+        np.stack([rng.permutation(VOCAB)[:width] for _ in range(rollout.response_len)]).astype(np.uint32)
+        for rollout in rollouts
+    ]
+    found = score_rollouts(teacher, rollouts, chosen_ids=wanted, batch_tokens=30, chunk=2)
+    for rollout, ids, scores in zip(rollouts, wanted, found, strict=True):
+        check_support(teacher, rollout, scores.chosen_ids, scores.chosen_logprob, scores.chosen_log_tail)
+        np.testing.assert_array_equal(np.sort(scores.chosen_ids, axis=1), np.sort(ids, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chosen_ids": [np.zeros((1, 2), np.uint32)] * 3}, r"chosen_ids: expected an array"),
+        ({"chosen_ids": []}, r"chosen_ids: expected an array .* for each of 3"),
+        ({"chosen_ids": "beyond"}, rf"chosen_ids: id {VOCAB}, but .* has {VOCAB} logits"),
+    ],
+)
+def test_chosen_ids_that_do_not_fit_are_refused(teacher, options, message):
+    rollouts = random_rollouts(3, seed=5, response=(2, 3))
+    if options["chosen_ids"] == "beyond":
+        options = {"chosen_ids": [np.full((r.response_len, 1), VOCAB, np.uint32) for r in rollouts]}
+    with pytest.raises(InvalidArgumentError, match=message):
+        score_rollouts(teacher, rollouts, **options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(0,), (4, 0.0), (4, 101.0), (4, float("nan")), (4, 1.0, -1), (4, 1.0, 1 << 64)]
+)
+def test_impossible_draws_are_refused(wrong):
+    with pytest.raises(InvalidArgumentError, match=r"draws: expected n >= 1"):
+        Draws(*wrong)

@@ -51,6 +51,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         {**_SIZES, **_BLOCK, **_RANGE, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 2.0},
     ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**_SIZES, **_BLOCK, **_RANGE, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 2.0},
+    ),
+    "qwen3": ("Qwen3Config", {**_SIZES, **_BLOCK, **_RANGE, "head_dim": 8}),
+    # The only one with a bias on its logits.
+    "phi": ("PhiConfig", {**_SIZES, **_BLOCK, **_RANGE}),
     "cohere": ("CohereConfig", {**_SIZES, **_BLOCK, **_RANGE, "pad_token_id": 0, "logit_scale": 0.125}),
     "granite": ("GraniteConfig", {**_SIZES, **_BLOCK, **_RANGE, "logits_scaling": 3.0}),
     # Saved under other tensor names than those of its modules.

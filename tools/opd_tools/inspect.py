@@ -8,24 +8,42 @@ from typing import Any
 import click
 
 import opd_store
-from opd_store import Cache, ModelInfo
+from opd_store import Cache, InvalidArgumentError, ModelInfo
 from opd_tools.console import access_options, command, print_json, printable
 
 
 @click.command("inspect")
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@click.option(
+    "--consistency",
+    is_flag=True,
+    help="Estimate from log-probs whether this teacher is the one that the student learnt from.",
+)
+@click.option(
+    "--sft-samples",
+    help="With --consistency: samples of the SFT teacher, scored by the teacher of URI; these decide.",
+)
 @access_options
 @command
-def inspect_cache(uri: str, as_json: bool, access: dict[str, Any]) -> None:
+def inspect_cache(
+    uri: str, as_json: bool, consistency: bool, sft_samples: str | None, access: dict[str, Any]
+) -> None:
     """Show what the cache URI holds: size, columns, provenance, teacher consistency.
 
-    Reads manifest, index and, for the size of each column, up to 16 record batches.
+    Reads manifest, index and, for the size of each column, up to 16 record batches. With --consistency also
+    up to 2000 rollouts, without their top-k.
 
     \b
     Example: opd inspect runs/cache
     """
-    found = describe(opd_store.open(uri, **access))
+    if sft_samples is not None and not consistency:
+        raise InvalidArgumentError("--sft-samples has no effect without --consistency; leave it out")
+    cache = opd_store.open(uri, **access)
+    found = describe(cache)
+    if consistency:
+        samples = None if sft_samples is None else opd_store.open(sft_samples, **access)
+        found["consistency"] = describe_consistency(cache, samples)
     if as_json:
         print_json(found)
         return
@@ -82,6 +100,28 @@ def describe(cache: Cache) -> dict[str, dict[str, Any]]:
             "licence": meta.licence or "unknown",
             "written by": meta.code_version or "unknown",
         },
+    }
+
+
+def describe_consistency(cache: Cache, sft_samples: Cache | None) -> dict[str, Any]:
+    """The estimate, what the digests say, and what neither can know."""
+    report = opd_store.check_consistency(cache, sft_samples=sft_samples)
+    statistics = {
+        "gap on sure tokens": report.sure_gap,
+        "shocks": report.shocks,
+        "KL to teacher": report.kl,
+        "KL on SFT samples": report.samples_kl,
+    }
+    return {
+        "estimate": report.verdict.value,
+        "because": report.reason,
+        "by weight digests": opd_store.teacher_consistency(cache.meta),
+        "rollouts": report.n_rollouts,
+        "tokens": report.n_tokens,
+        "sure tokens": report.n_sure,
+        **{name: str(interval) for name, interval in statistics.items() if interval is not None},
+        "note": "an estimate: teachers that agree on these rollouts cannot be told apart, and an overfitted "
+        "student looks inconsistent; digests decide where both are known",
     }
 
 

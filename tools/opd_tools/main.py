@@ -7,6 +7,7 @@ import click
 import opd_store
 from opd_tools.evaluate import evaluate
 from opd_tools.inspect import inspect_cache
+from opd_tools.report import report
 from opd_tools.rollouts import rollouts
 from opd_tools.score import score
 from opd_tools.train import train
@@ -27,5 +28,10 @@ def main() -> None:
     """
 
 
-for verb in (rollouts, score, train, evaluate, inspect_cache, verify_cache):
+for verb in (rollouts, score, train, evaluate, report, inspect_cache, verify_cache):
     main.add_command(verb)
+
+
+if __name__ == "__main__":
+    # For `torchrun -m opd_tools.main`.
+    main(prog_name="opd")

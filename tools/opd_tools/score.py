@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 import opd_store
 from opd_store import ENCODINGS, Cut, IdTable, InvalidArgumentError, ModelInfo
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, command, load_model, model_options, printable
+
+if TYPE_CHECKING:
+    from opd_train import CausalLM
 
 SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
@@ -34,6 +37,29 @@ SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
     show_default=True,
     help="What ids are coded by: auto (learnt on the way), none, or a cache of the same teacher with one.",
 )
+@click.option(
+    "--draws",
+    type=AT_LEAST_0,
+    default=0,
+    show_default=True,
+    help="Ids drawn from TEACHER per position, stored with their counts, for random-sampling distillation.",
+)
+@click.option(
+    "--draw-temperature",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Temperature of those draws; at 1 training on them is unbiased.",
+)
+@click.option("--draw-seed", type=AT_LEAST_0, default=0, show_default=True, help="Seed of those draws.")
+@click.option(
+    "--chosen",
+    type=AT_LEAST_0,
+    default=0,
+    show_default=True,
+    help="Ids per position that TEACHER scores because another model holds them most likely.",
+)
+@click.option("--chosen-ids-from", help="Directory of that model, the student.")
 @click.option("--min-probability", type=SHARE, help="Keep only ranks of at least this probability.")
 @click.option("--mass", type=SHARE, help="Keep only as many ranks as sum to this probability.")
 @click.option("--reference", help="Directory of the behaviour checkpoint, to fill in its log-probs.")
@@ -55,6 +81,11 @@ def score(
     topk: int,
     encoding: str,
     id_table: str,
+    draws: int,
+    draw_temperature: float,
+    draw_seed: int,
+    chosen: int,
+    chosen_ids_from: str | None,
     min_probability: float | None,
     mass: float | None,
     reference: str | None,
@@ -77,12 +108,19 @@ def score(
     Example: opd score models/teacher runs/rollouts runs/cache --topk 64 --encoding ladder/128
     """
     from opd_train import read_rollouts, score_cache
+    from opd_train.drawing import Draws
 
+    if bool(chosen) != bool(chosen_ids_from):
+        raise InvalidArgumentError("--chosen and --chosen-ids-from: give both or neither")
     if Path(rollouts).is_file():
         meta, found = read_rollouts(rollouts)
     else:
         cache = opd_store.open(rollouts)
         meta, found = cache.meta, cache  # type: ignore[assignment]
+
+    def load(directory: str | None) -> CausalLM | None:
+        return None if directory is None else load_model(directory, dtype=dtype, device=device)
+
     lm = load_model(teacher, dtype=dtype, device=device)
     with Meter("scoring", "tokens") as meter:
         version = score_cache(
@@ -91,10 +129,13 @@ def score(
             meta,
             out,
             topk=min(topk, lm.vocab_size),
+            draws=Draws(draws, draw_temperature, draw_seed) if draws else None,
+            chosen=min(chosen, lm.vocab_size),
+            chooser=load(chosen_ids_from),
             encoding=encoding,
             id_table=_id_table(id_table),
             cut=_cut(min_probability, mass),
-            reference=None if reference is None else load_model(reference, dtype=dtype, device=device),
+            reference=load(reference),
             sft_teacher=_describe(sft_teacher),
             licence=licence,
             batch_tokens=batch_tokens,

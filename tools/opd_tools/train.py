@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,48 @@ from click.core import ParameterSource
 
 from opd_store import CacheMeta, InvalidArgumentError
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, access_options, command, load_model, printable
+from opd_tools.drift import (
+    NEEDED,
+    REFRESH_OPTIONS,
+    drift_options,
+    is_refreshing,
+    look_before_start,
+    refreshing_source,
+    show_alarm,
+    split_allowed,
+)
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, Stopwatch
+    from opd_train.config import LoraConfig
     from opd_train.trainer import BatchSource
 
-OBJECTIVES = ["lightning", "forward_kl", "reverse_kl", "cross_entropy"]
-CORRECTIONS = ["none", "token_tis"]
+OBJECTIVES = [
+    "lightning",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "truncated_forward_kl",
+    "renormalised_forward_kl",
+    "renormalised_reverse_kl",
+    "random_sampling_kd",
+    "cross_entropy",
+]
+CORRECTIONS = [
+    "none",
+    "token_is",
+    "token_tis",
+    "token_mask",
+    "cispo",
+    "ppo",
+    "sequence_tis",
+    "sequence_mask",
+    "gspo",
+    "geometric_mask",
+    "k2_mask",
+    "k3_mask",
+    "prefix_is",
+]
 
 
 @click.command("train")
@@ -34,7 +70,20 @@ CORRECTIONS = ["none", "token_tis"]
     type=click.Choice(CORRECTIONS),
     help="Importance weights. Default: none; token_tis if the objective is left open and there is no top-k.",
 )
-@click.option("--cap", default=2.0, show_default=True, help="Largest importance weight of token_tis.")
+@click.option(
+    "--cap", type=float, help="Largest importance weight. Default: the correction's, 2 for token_tis."
+)
+@click.option(
+    "--low", type=float, help="Lower bound of the ratio, for masks and clips. Default: the correction's."
+)
+@click.option("--high", type=float, help="Upper bound of the ratio. Default: the correction's.")
+@click.option(
+    "--normalise",
+    type=click.Choice(["none", "tokens", "sequences"]),
+    default="none",
+    show_default=True,
+    help="Divide importance weights by their mean over a batch's tokens or rollouts.",
+)
 @click.option("--clip", default=10.0, show_default=True, help="Largest advantage of lightning, in nats.")
 @click.option("--steps", type=int, required=True, help="Optimizer steps.")
 @click.option("--lr", default=2e-6, show_default=True, help="Peak learning rate.")
@@ -52,10 +101,31 @@ CORRECTIONS = ["none", "token_tis"]
     "--batch-rollouts", type=AT_LEAST_1, help="Most rollouts per batch; with --live, exactly so many."
 )
 @click.option("--accumulate", default=1, show_default=True, help="Batches per step, one denominator.")
+@click.option(
+    "--proximal-every",
+    type=AT_LEAST_1,
+    default=1,
+    show_default=True,
+    help="Steps between refreshes of the proximal policy of --correction ppo; 1 is the student itself.",
+)
+@click.option("--lora-rank", type=AT_LEAST_1, help="Train adapters of this rank instead of all weights.")
+@click.option("--lora-alpha", type=AT_LEAST_1, help="Adapters count alpha / rank times. Default: 2 * rank.")
+@click.option(
+    "--lora-targets",
+    metavar="NAMES",
+    help="Layers that get an adapter, such as q_proj,v_proj. Default: every linear layer but the head.",
+)
 @click.option("--ranks", type=AT_LEAST_0, help="Cached ranks to use. Default: all.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle and of live draws.")
 @click.option("--save-every", default=50, show_default=True, help="Steps between checkpoints; 0: at the end.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory.")
+@click.option(
+    "--head-chunk",
+    type=AT_LEAST_1,
+    default=1024,
+    show_default=True,
+    help="Positions whose logits exist at a time; fewer take less memory.",
+)
 @click.option("--bf16", is_flag=True, help="bfloat16 forward and backward over float32 weights; for GPUs.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--attention", help="transformers' attention, such as flash_attention_2. Default: its choice.")
@@ -66,10 +136,14 @@ CORRECTIONS = ["none", "token_tis"]
     help="Train although this field of cache and student differs; recorded in the checkpoint. Repeatable.",
 )
 @click.option("--live", is_flag=True, help="No cache: fresh rollouts and a teacher in memory at each step.")
-@click.option("--teacher", help="With --live: the teacher's directory.")
-@click.option("--prompts", help="With --live: prompts as JSONL.")
+@click.option("--teacher", help="With --live or --refresh-*: the teacher's directory.")
+@click.option("--prompts", help="With --live or --refresh-*: prompts as JSONL.")
 @click.option(
-    "--max-new-tokens", type=AT_LEAST_1, default=256, show_default=True, help="With --live: longest response."
+    "--max-new-tokens",
+    type=AT_LEAST_1,
+    default=256,
+    show_default=True,
+    help="With --live or --refresh-*: longest response.",
 )
 @click.option(
     "--topk",
@@ -103,6 +177,7 @@ CORRECTIONS = ["none", "token_tis"]
     show_default=True,
     help="What to do with rollouts longer than a batch or the student's context.",
 )
+@drift_options
 @access_options
 @command
 def train(cache: str | None, student: str, out: str, live: bool, device: str, **options: Any) -> None:  # noqa: ANN401
@@ -112,15 +187,46 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
     is named with --allow-mismatch. A killed run goes on from its newest checkpoint when the same command is
     given again, and ends in the same weights. The result is OUT/final, a Hugging Face directory.
 
+    On several GPUs: torchrun --nproc-per-node 8 -m opd_tools.main train ... Weights are sharded, each GPU
+    gets batches of its own, and OUT has to be one directory that all of them see. A run may go on with more
+    or fewer GPUs.
+
     \b
     Example: opd train runs/cache --student models/student --out runs/distilled --steps 150
     """
-    from opd_train import DistillConfig, Stopwatch, Trainer
+    from opd_train.distributed import join_world
 
     if live == (cache is not None):
         raise InvalidArgumentError("give either CACHE, or --live with --teacher and --prompts")
-    _refuse_options(_OFFLINE_ONLY if live else _LIVE_ONLY, "--live" if live else "a CACHE")
-    lm = load_model(student, dtype="float32", device=device, attention=options["attention"])
+    if live:
+        _refuse_options((*_OFFLINE_ONLY, *REFRESH_OPTIONS), "--live")
+    elif is_refreshing(options):
+        _refuse_options(("topk",), "--refresh-*, which scores as many ranks as CACHE has")
+    else:
+        _refuse_options(_LIVE_ONLY, "a CACHE")
+        _refuse_options(REFRESH_OPTIONS[2:], "neither --refresh-every nor --refresh-on-drift")
+    if options["lora_rank"] is None:
+        _refuse_options(("lora_alpha", "lora_targets"), "all weights trained (no --lora-rank)")
+    with join_world(device) as world:
+        if live and world.size > 1:
+            raise InvalidArgumentError("--live samples in one process; start it without torchrun")
+        _train(cache, student, Path(out), live, device, options | {"world": world, "out": Path(out)})
+
+
+def _train(
+    cache: str | None,
+    student: str,
+    out: Path,
+    live: bool,
+    device: str,
+    options: dict[str, Any],
+) -> None:
+    from opd_train import DistillConfig, Stopwatch, Trainer
+    from opd_train.monitors import DriftMonitor
+
+    world = options["world"]
+    place = device if world.device is None else str(world.device)
+    lm = load_model(student, dtype="float32", device=place, attention=options["attention"])
     stopwatch = Stopwatch()
     prepare = _live if live else _offline
     source, fields, provenance = prepare(cache, lm, stopwatch, options)
@@ -132,32 +238,49 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
         weight_decay=options["weight_decay"],
         grad_clip=options["grad_clip"],
         accumulate=options["accumulate"],
+        proximal_every=options["proximal_every"],
+        lora=_lora(options),
+        head_chunk=options["head_chunk"],
         gradient_checkpointing=options["gradient_checkpointing"],
         autocast=options["bf16"],
         save_every=options["save_every"],
         seed=options["seed"],
         **fields,
     )
-    with Meter("training", "steps") as meter:
+    with Meter("training", "steps") if world.first else nullcontext() as meter:
 
         def show(step: int, metrics: dict[str, float]) -> None:
-            meter.update(step, config.steps, f"step {step}/{config.steps} {progress_line(metrics)}")
+            if meter is not None:
+                meter.update(step, config.steps, f"step {step}/{config.steps} {progress_line(metrics)}")
 
         trainer = Trainer(
             lm,
             source,
             config,
-            out=Path(out),
+            out=out,
             provenance=provenance,
             stopwatch=stopwatch,
             on_step=show,
+            world=world,
+            monitor=DriftMonitor(on_alarm=show_alarm),
         )
         trainer.run()
-    click.echo(printable(trainer.final_dir, None))
+    if world.first:
+        click.echo(printable(trainer.final_dir, None))
+
+
+def _lora(options: dict[str, Any]) -> LoraConfig | None:
+    from opd_train.config import LoraConfig
+
+    rank = options["lora_rank"]
+    if rank is None:
+        return None
+    targets = tuple(filter(None, (options["lora_targets"] or "").split(",")))
+    return LoraConfig(rank=rank, alpha=options["lora_alpha"] or 2 * rank, targets=targets)
 
 
 _OFFLINE_ONLY = ("ranks", "workers", "shuffle", "window", "too_long")
-_LIVE_ONLY = ("teacher", "prompts", "max_new_tokens", "topk")
+_LIVE_ONLY = (*NEEDED, "topk")
 
 
 def _refuse_options(names: tuple[str, ...], mode: str) -> None:
@@ -183,9 +306,10 @@ def _objective(options: dict[str, Any], *, topk: int) -> dict[str, Any]:
     objective = Objective(options["objective"]) if options["objective"] else None
     correction = None
     if options["correction"]:
-        correction = CorrectionConfig(kind=CorrectionKind(options["correction"]), cap=options["cap"])
+        correction = CorrectionConfig(kind=CorrectionKind(options["correction"]))
     chosen, correction = resolve_objective(objective, correction, topk=topk)
-    correction = dataclasses.replace(correction, cap=options["cap"])
+    given = {name: options[name] for name in ("cap", "low", "high") if options[name] is not None}
+    correction = dataclasses.replace(correction, normalise=options["normalise"], **given)
     return {"loss": LossConfig(objective=chosen, correction=correction, clip=options["clip"])}
 
 
@@ -197,20 +321,33 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     cache = opd_store.open(uri, **options["access"])
     fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
     teacher_used = fields["loss"].objective is not Objective.CROSS_ENTROPY
-    allowed = check_cache(cache.meta, lm, allow=options["allow_mismatch"], teacher_used=teacher_used)
+    allow, allow_start = split_allowed(options["allow_mismatch"])
+    allowed = check_cache(cache.meta, lm, allow=allow, teacher_used=teacher_used)
     if fields["loss"].correction.needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
         raise InvalidArgumentError(
-            f"{cache.uri}: correction {fields['correction'].kind.value!r} needs behaviour_logprob, "
+            f"{cache.uri}: correction {fields['loss'].correction.kind.value!r} needs behaviour_logprob, "
             "which row 0 lacks; "
             "score again with --reference, or pass --correction none"
         )
     needs_topk = fields["loss"].objective.needs_topk
-    stream = CacheStream(
+    look_before_start(
+        cache,
+        lm,
+        fields["loss"],
+        options["out"],
+        allow_start,
+        teacher_used=teacher_used,
+        speak=options["world"].first,
+    )
+    ranks = options["ranks"] if needs_topk else 0
+    source: BatchSource = CacheStream(
         cache,
         batch_tokens=options["batch_tokens"],
         batch_rollouts=options["batch_rollouts"],
         seed=options["seed"],
-        ranks=options["ranks"] if needs_topk else 0,
+        rank=options["world"].rank,
+        world_size=options["world"].size,
+        ranks=ranks,
         epochs=None,
         device=lm.device,
         vocab_size=lm.vocab_size,
@@ -219,24 +356,28 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
         shuffle=options["shuffle"],
         window=options["window"],
         too_long=options["too_long"],
+        draws=fields["loss"].objective.needs_draws,
     )
+    if is_refreshing(options):
+        objective = fields["loss"].objective
+        source = refreshing_source(cache, lm, stopwatch, options, objective=objective, ranks=ranks)
     teacher = cache.meta.sft_teacher
     if not teacher_used:
         teacher = cache.meta.behaviour
     provenance = {
         "cache": cache.digest,
         "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
-        "doubts": _report_doubts(cache.meta, lm),
+        "doubts": _report_doubts(cache.meta, lm, options),
         "sft_teacher": None if teacher is None else teacher.to_json(),
     }
-    return stream, fields, provenance
+    return source, fields, provenance
 
 
-def _report_doubts(meta: CacheMeta, lm: CausalLM) -> list[str]:
+def _report_doubts(meta: CacheMeta, lm: CausalLM, options: dict[str, Any]) -> list[str]:
     from opd_train import find_doubts
 
     doubts = find_doubts(meta, lm)
-    for doubt in doubts:
+    for doubt in doubts if options["world"].first else ():
         click.echo(f"opd: note: {doubt}", err=True)
     return doubts
 
@@ -273,7 +414,7 @@ def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str
     provenance = {
         "live_teacher": teacher.info.to_json(),
         "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
-        "doubts": _report_doubts(described, lm),
+        "doubts": _report_doubts(described, lm, options),
         "sft_teacher": lm.sft_teacher and lm.sft_teacher.to_json(),
     }
     return source, fields, provenance

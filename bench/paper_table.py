@@ -1,0 +1,80 @@
+"""Does offline distillation from a cache match live distillation? Which correction, which objective, when?
+
+    python bench/paper_table.py runs/paper [--seeds 5] [--workers 2] [--groups main,truncated,rate,...]
+
+A few CPU hours. Everything is kept below RUNS, so a second run goes on, and only prints where all is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
+
+import machine
+import torch
+from opd_tools.console import quiet_libraries
+from paper import figures, tables
+from paper.methods import DEFAULT, GROUPS, Method
+from paper.training import measure_start, result_path, run
+from paper.world import TEACHERS, World
+
+
+def prepare(root: Path, seed: int, students: list[str]) -> None:
+    """Models of one seed."""
+    torch.set_num_threads(1)
+    world = World(root, seed)
+    if not (world.path / "opd.jsonl").exists():
+        world.write_prompts()
+    if not all((world.path / name).exists() for name in TEACHERS):
+        world.train_teachers()
+    for name in students:
+        if not (world.path / name).exists():
+            distance, _, teacher = name.partition("-of-")
+            world.train_student(distance, teacher)
+        measure_start(root, name, seed)
+
+
+def work(root: Path, seed: int, methods: list[Method]) -> None:
+    """All of one seed, in one process: two would make the same caches twice."""
+    quiet_libraries()
+    prepare(root, seed, sorted({method.student for method in methods}))
+    for method in methods:
+        if not result_path(root, method, seed).exists():
+            started = time.perf_counter()
+            run(root, method, seed)
+            print(f"seed {seed}: {method.name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--groups", default=",".join(GROUPS), help="comma-separated")
+    parser.add_argument("--out", type=Path, help="directory for the figures")
+    args = parser.parse_args(argv)
+    methods = [method for name in args.groups.split(",") for method in GROUPS[name]]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        for future in [pool.submit(work, args.runs, seed, methods) for seed in range(args.seeds)]:
+            future.result()
+    seeds = range(args.seeds)
+    print(machine.header(packages=("torch", "transformers", "numpy")), f"\nseeds 0 to {args.seeds - 1}\n")
+    for title, (columns, rows) in tables.all_tables(args.runs, seeds).items():
+        print(f"{title}\n\n{machine.table(columns, rows)}\n")
+    found = tables.targets(args.runs, seeds, DEFAULT)
+    print(f"{DEFAULT.name}: what was aimed at\n")
+    print(machine.table(("what", "measured", "target", "met"), found))
+    if args.out is not None:
+        figures.draw(args.runs, seeds, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The page of `opd report`. Everything that comes from files is escaped; images are inline.
+
+The page says nothing that is not in the run's own files.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from opd_store import FormatError, InvalidArgumentError
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+METRICS_FILE, PROVENANCE_FILE = "metrics.jsonl", "opd.json"
+MAX_FILE_BYTES = 1 << 30
+MAX_TEXT, MAX_ROWS = 500, 400
+"""Longer texts and tables are cut; the files have the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure: curves over the same unit, and the thresholds that alarms have."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    limits: tuple[float, ...] = ()
+    log: bool = False
+
+
+PLOTS = (
+    Plot("Loss", "per token", ("loss",)),
+    Plot("Distance to the teacher", "nats a token", ("forward_kl", "reverse_kl", "tail_kl", "log_gap")),
+    Plot("Effective sample size", "share", ("ess", "weight_ess"), (0.5,)),
+    Plot("Chi-square of the ratios", "mean(ratio^2) - 1", ("chi2", "k3"), (1.0,)),
+    Plot("Mean ratio, student to sampler", "ratio", ("ratio_mean", "weight_mean"), (0.8, 1.25)),
+    Plot("Tokens flattened or left out", "share", ("capped", "dropped", "clipped"), (0.25,)),
+    Plot("Probability on the cached ranks", "probability", ("teacher_mass", "student_mass"), (0.9, 0.5)),
+    Plot("Agreement on the most likely id", "share", ("top1",)),
+    Plot("Gradient norm", "norm", ("grad_norm",), log=True),
+    Plot("Learning rate", "rate", ("lr",)),
+    Plot("Speed", "tokens a second", ("tokens_per_s",)),
+    Plot("Waiting for data", "share of the step", ("data_share",)),
+)
+"""A plot is left out if a run has none of its metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the files of a run say."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    provenance: dict[str, Any]
+    is_done: bool
+
+
+def read_run(directory: Path) -> Run:
+    """Read the metrics and the newest provenance below a run's directory.
+
+    Raises:
+        InvalidArgumentError: no such run.
+        FormatError: a file that is not what it should be.
+    """
+    path = directory / METRICS_FILE
+    if not path.is_file():
+        raise InvalidArgumentError(f"{directory}: no {METRICS_FILE} here; give the --out of an `opd train`")
+    rows = []
+    # What follows the last line feed is still being written.
+    for number, line in enumerate(_read(path).split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise FormatError(f"{path}, line {number}: not JSON; it was cut short or changed") from error
+        if not isinstance(row, dict) or not _is_number(row.get("step")):
+            raise FormatError(f"{path}, line {number}: expected an object with a step")
+        rows.append(row)
+    if not rows:
+        raise InvalidArgumentError(f"{path}: no step was made yet")
+    final = directory / "final" / PROVENANCE_FILE
+    found = [final] if final.is_file() else sorted(directory.glob(f"step-*/{PROVENANCE_FILE}"))[-1:]
+    provenance: Any = {}
+    if found:
+        try:
+            provenance = json.loads(_read(found[0]))
+        except ValueError as error:
+            raise FormatError(f"{found[0]}: not JSON") from error
+        if not isinstance(provenance, dict):
+            raise FormatError(f"{found[0]}: expected an object")
+    return Run(directory.resolve().name, rows, provenance, final.is_file())
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise FormatError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+    return path.read_text("utf-8", errors="replace")
+
+
+def page(run: Run) -> str:
+    """The whole page."""
+    alarms = [
+        alarm
+        for row in run.rows
+        if isinstance(row.get("alarms"), list)
+        for alarm in row["alarms"]
+        if isinstance(alarm, dict)
+    ]
+    figures = "\n".join(
+        f'<figure><img alt="{_text(plot.title)}" src="data:image/png;base64,{_draw(plot, run.rows, alarms)}">'
+        f"<figcaption>{_text(plot.title)}</figcaption></figure>"
+        for plot in PLOTS
+        if any(_points(run.rows, name)[0] for name in plot.metrics)
+    )
+    state = "done" if run.is_done else "not finished"
+    last = run.rows[-1]
+    config = run.provenance.get("config", {})
+    rest = {name: value for name, value in run.provenance.items() if name != "config"}
+    seconds: Any = last.get("seconds")
+    seconds = seconds if isinstance(seconds, dict) else {}
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Training run {_text(run.name)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}
+figure {{ display: inline-block; width: 48%; min-width: 26rem; margin: 0 0 1rem }}
+figcaption {{ display: none }}
+img {{ width: 100% }}
+table {{ border-collapse: collapse; margin: 0 0 1rem; font-size: 14px }}
+td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; overflow-wrap: anywhere }}
+.raised {{ background: #fde8e8 }}
+</style>
+</head>
+<body>
+<h1>Training run {_text(run.name)}</h1>
+<p>{len(run.rows)} steps, {_text(state)}.</p>
+<h2>Alarms</h2>
+{_alarm_table(alarms)}
+<h2>Curves</h2>
+<p>Dotted lines are the default thresholds of the alarms; red lines are steps at which one was raised.</p>
+{figures}
+<h2>Last step</h2>
+{_table((name, value) for name, value in last.items() if _is_number(value))}
+<h2>Seconds</h2>
+{_table(seconds.items())}
+<h2>Settings</h2>
+{_table(_flat("", config))}
+<h2>Provenance</h2>
+{_table(_flat("", rest))}
+</body>
+</html>
+"""
+
+
+def _alarm_table(alarms: Sequence[dict[str, Any]]) -> str:
+    if not alarms:
+        return "<p>None.</p>"
+    columns = ("step", "kind", "metric", "value", "threshold")
+    head = "".join(f"<th>{name}</th>" for name in ("", *columns))
+    lines = []
+    for alarm in alarms[:MAX_ROWS]:
+        raised = alarm.get("raised") is True
+        cells = "".join(f"<td>{_text(_shown(alarm.get(name)))}</td>" for name in columns)
+        lines.append(
+            f"<tr{' class=raised' if raised else ''}><td>{'raised' if raised else 'cleared'}</td>{cells}</tr>"
+        )
+    return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + f"\n</table>{_cut_note(len(alarms))}"
+
+
+def _table(rows: Iterable[tuple[object, object]]) -> str:
+    found = list(rows)
+    if not found:
+        return "<p>Unknown.</p>"
+    lines = (
+        f"<tr><th>{_text(name)}</th><td>{_text(_shown(value))}</td></tr>" for name, value in found[:MAX_ROWS]
+    )
+    return "<table>\n" + "\n".join(lines) + f"\n</table>{_cut_note(len(found))}"
+
+
+def _cut_note(n: int) -> str:
+    return f"<p>{n - MAX_ROWS} more are left out.</p>" if n > MAX_ROWS else ""
+
+
+def _flat(prefix: str, value: object) -> Iterable[tuple[str, object]]:
+    """Dotted names and values of nested objects, without recursion: a file may nest as deep as it likes."""
+    waiting: list[tuple[str, object]] = [(prefix, value)]
+    found = []
+    while waiting:
+        name, item = waiting.pop()
+        if isinstance(item, dict) and item:
+            waiting += [
+                (f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(item.items())
+            ]
+        elif name:
+            found.append((name, item))
+    return found
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else str(value)
+
+
+def _text(value: object) -> str:
+    """Text from a file, harmless in HTML: markup, control and bidi characters escaped, length limited."""
+    shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in str(value))
+    return html.escape(shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 3] + "...")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, where it is a finite number."""
+    found = [(float(row["step"]), float(row[name])) for row in rows if _is_number(row.get(name))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _draw(plot: Plot, rows: Sequence[dict[str, Any]], alarms: Sequence[dict[str, Any]]) -> str:
+    """A PNG in base64."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    low, high = math.inf, -math.inf
+    for name in plot.metrics:
+        steps, values = _points(rows, name)
+        if steps:
+            axes.plot(steps, values, "." if len(steps) == 1 else "-", linewidth=1, label=name)
+            low, high = min(low, *values), max(high, *values)
+    for limit in plot.limits:
+        # A threshold that is far away would flatten the curve.
+        if low - (high - low) - 0.1 <= limit <= high + (high - low) + 0.1:
+            axes.axhline(limit, color="black", linestyle=":", linewidth=0.8)
+    for alarm in alarms:
+        if (
+            alarm.get("raised") is True
+            and alarm.get("metric") in plot.metrics
+            and _is_number(alarm.get("step"))
+        ):
+            axes.axvline(float(alarm["step"]), color="red", linewidth=0.8)
+    if plot.log and low > 0:
+        axes.set_yscale("log")
+    axes.set_title(plot.title, fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(plot.unit)
+    axes.grid(alpha=0.3)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
