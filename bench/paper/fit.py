@@ -1,7 +1,8 @@
 """Supervised fine-tuning that ends at a chosen accuracy.
 
-A student this small learns the task within a few dozen steps, and when differs from seed to seed. So its state is
-kept every few steps of constant learning rate, and the place to let the rate fall to zero is found by bisection.
+A student this small learns the task within a few dozen steps, and when differs from seed to seed. So its
+state is kept every few steps of constant learning rate, and where to let the rate fall to zero is found by
+bisection.
 """
 
 from __future__ import annotations

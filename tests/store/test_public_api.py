@@ -5,57 +5,26 @@ To accept one: `python -m store.test_public_api > tests/store/public_api.txt`, w
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
-import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import public_names
 
 import opd_store
 import opd_store.testing
 from opd_store import __all__ as public
 
-DUNDERS = {"__contains__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__"}
 RECORDED = Path(__file__).with_name("public_api.txt")
 
 
 def describe() -> str:
     """One line a constant, function, class, field, property and method."""
-    lines = [line for name in public for line in _describe(name, getattr(opd_store, name))]
+    # Caches and writers come from `open`, `create` and `append`.
+    text = public_names.describe(opd_store, without_init=("Cache", "Writer"))
     functions = inspect.getmembers(opd_store.testing, inspect.isfunction)
     ours = [(name, item) for name, item in functions if item.__module__ == "opd_store.testing"]
-    return "\n".join([*lines, *(f"testing.{line}" for pair in ours for line in _describe(*pair))]) + "\n"
-
-
-def _describe(name: str, item: object) -> Iterator[str]:
-    if not callable(item):
-        yield f"{name} = {item!r}"
-        return
-    if not inspect.isclass(item):
-        yield f"{name}{_signature(item)}"
-        return
-    yield f"class {name}({', '.join(base.__name__ for base in item.__bases__)})"
-    # Caches and writers come from `open`, `create` and `append`.
-    if "__init__" in vars(item) and name not in ("Cache", "Writer"):
-        yield f"{name}{_signature(item).removesuffix(' -> None')}"
-    fields = {field.name for field in dataclasses.fields(item)} if dataclasses.is_dataclass(item) else set()
-    for member, value in sorted(vars(item).items()):
-        value = getattr(value, "__func__", value)
-        private = member.startswith("_") and member not in DUNDERS
-        if private or member in fields or "Internal to the package" in (value.__doc__ or ""):
-            continue
-        if isinstance(value, property | functools.cached_property):
-            getter = value.fget if isinstance(value, property) else value.func
-            yield f"{name}.{member} -> {inspect.signature(getter).return_annotation}"
-        elif inspect.isfunction(value):
-            yield f"{name}.{member}{_signature(value)}"
-
-
-def _signature(item: Callable[..., object]) -> str:
-    """As in the source: annotations are kept as text and would be shown in quotes."""
-    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(item)))
+    return text + "".join(f"testing.{line}\n" for pair in ours for line in public_names.describe_name(*pair))
 
 
 def test_names_are_sorted_and_complete():
@@ -72,12 +41,7 @@ def test_signatures_are_the_recorded_ones():
 
 
 def test_everything_public_is_documented():
-    for name in public:
-        item = getattr(opd_store, name)
-        assert inspect.getdoc(item), name
-        for member, value in vars(item).items() if inspect.isclass(item) else ():
-            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
-                assert inspect.getdoc(value), f"{name}.{member}"
+    assert not public_names.undocumented(opd_store)
 
 
 if __name__ == "__main__":
