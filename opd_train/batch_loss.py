@@ -5,6 +5,7 @@ Axes: N = response tokens, n = those of one piece, C = ids looked at per positio
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +86,13 @@ def distill_loss(
         loss = _summed(config, logprob_NC, targets, weight_N, kept_N)
     with torch.no_grad():
         logprob_NC = logprob_NC.detach()
-        weight_N, kept_N = weigh(logprob_NC[:, -1], slice(None))
-        sums = batch_sums(config, loss.detach(), logprob_NC, targets, weight_N, kept_N)
+        weight_N, kept_N = importance_N, _ = weigh(logprob_NC[:, -1], slice(None))
+        unmodified = config.correction.unmodified
+        if unmodified != config.correction:
+            plain = dataclasses.replace(config, correction=unmodified)
+            weigh = _Weights(plain, batch, targets, proximal_logprob, age)
+            importance_N, _ = weigh(logprob_NC[:, -1], slice(None))
+        sums = batch_sums(config, loss.detach(), logprob_NC, targets, weight_N, kept_N, importance_N)
     return BatchLoss(loss, int(sums["kept"]), sums)
 
 

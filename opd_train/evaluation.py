@@ -61,9 +61,12 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
 
     Raises:
         InvalidArgumentError: the cache has no top-k, or no rollouts.
-        MismatchError: the student has another tokenizer or number of logits.
+        MismatchError: the student has another tokenizer, or fewer logits. What it gives to ids beyond the
+            teacher's is part of its tail.
     """
-    _require_same_tokens(student, cache.meta.tokenizer_fingerprint, cache.meta.vocab_size, cache.uri)
+    # A student padded beyond the teacher's vocabulary has every id of the cache.
+    vocab_size = max(cache.meta.vocab_size, student.vocab_size)
+    _require_same_tokens(student, cache.meta.tokenizer_fingerprint, vocab_size, cache.uri)
     if not cache.topk or not len(cache):
         raise InvalidArgumentError(
             f"{cache.uri}: divergence needs a cache with top-k and at least one rollout"
@@ -81,13 +84,13 @@ def cache_divergence(student: CausalLM, cache: Cache, *, batch_tokens: int = 819
         assert batch.topk_ids is not None
         assert batch.topk_logprob is not None
         assert batch.log_tail is not None
-        ids_NK = batch.topk_ids.long()
-        student_NK = topk_logprobs(response_hidden(student, batch), student.logits, ids_NK)
+        mask = batch.loss_mask
+        counted = [int(piece.sum()) for piece in mask.split(batch.cu_responses.diff().tolist())]
+        hidden_NH = response_hidden(student, batch)[mask]
+        student_NK = topk_logprobs(hidden_NH, student.head or student.logits, batch.topk_ids[mask].long())
         for name, function in (("forward_kl", topk_forward_kl), ("reverse_kl", topk_reverse_kl)):
-            per_token = function(student_NK, batch.topk_logprob, batch.log_tail)
-            lengths_R = batch.cu_responses.diff().tolist()
-            pieces = zip(per_token.split(lengths_R), batch.loss_mask.split(lengths_R), strict=True)
-            values[name] += [piece[mask].mean().item() for piece, mask in pieces if mask.any()]
+            pieces = function(student_NK, batch.topk_logprob[mask], batch.log_tail[mask]).split(counted)
+            values[name] += [piece.mean().item() for piece in pieces if len(piece)]
     if not values["forward_kl"]:
         raise InvalidArgumentError(f"{cache.uri}: every token is masked; there is nothing to measure")
     return {name: mean_estimate(found) for name, found in values.items()}

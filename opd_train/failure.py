@@ -72,15 +72,21 @@ def write_replay(
 
 
 def read_replay(path: Path) -> dict[str, Any]:
-    """What `write_replay` wrote. Raises FormatError."""
+    """What a replay needs of a report: "step", "provenance" and "sources", of each rank its source's state.
+
+    Raises:
+        FormatError: not such a file.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
-        version = content["version"]
+        if (version := content["version"]) != REPLAY_VERSION:
+            raise FormatError(f"{path}: expected replay version {REPLAY_VERSION}, found {version!r:.40}")
+        read = {"step": int(content["step"]), "provenance": content["provenance"]}
+        return {**read, "sources": [rank["source"] for rank in content["ranks"]]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, OpdError):
+            raise
         raise FormatError(f"{path}: not a replay file ({error!s:.200})", uri=str(path)) from error
-    if version != REPLAY_VERSION:
-        raise FormatError(f"{path}: expected replay version {REPLAY_VERSION}, found {version!r:.40}")
-    return content  # type: ignore[no-any-return]
 
 
 def out_of_memory(

@@ -5,6 +5,7 @@ The model's class, its body and its head stay what they are, so nothing else has
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,10 @@ def export_merged(lm: CausalLM, tensors: dict[str, Tensor], directory: Path) -> 
         merged[name] = merged[name] + delta.to(merged[name])
     adapter = directory / ADAPTER_DIR
     adapter.mkdir()
-    lm.model.peft_config[_NAME].save_pretrained(adapter)
+    settings = copy.copy(lm.model.peft_config[_NAME])
+    # A set of names is written in another order by every process.
+    settings.target_modules = sorted(settings.target_modules)
+    settings.save_pretrained(adapter)
     kept = {_peft_name(name): tensors[name].contiguous() for name in adapter_tensors(lm)}
     safetensors.torch.save_file(kept, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     return merged

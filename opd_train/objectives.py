@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, TypeVar
 
 from opd_store import InvalidArgumentError
-from opd_train.corrections import CorrectionConfig
+from opd_train.corrections import CorrectionConfig, DriftGate, StalenessDecay
 
 
 class Objective(StrEnum):
@@ -112,8 +114,50 @@ class LossConfig:
                 "teacher_weights: of joined teachers only sampled-token log-probs and top-k are read; "
                 "use another objective, or one teacher"
             )
-        if self.objective.dense and self.correction.kind in ("ppo", "gspo"):
+        if self.objective is not Objective.LIGHTNING and self.correction.kind in ("ppo", "gspo"):
             raise InvalidArgumentError(
                 f"correction {self.correction.kind.value!r} clips by the sampled token's advantage, which "
                 f"objective {self.objective.value!r} does not have; use prefix_is, a sequence kind or none"
             )
+
+    @classmethod
+    def from_json(cls, value: object, *, where: str) -> LossConfig:
+        """From the fields as JSON values, those of the correction in an object of their own.
+
+        Args:
+            where: the file, for errors.
+
+        Raises:
+            InvalidArgumentError: an unknown or missing field, or a value out of range; names the field.
+        """
+        fields = _fields(cls, value, where)
+        if "correction" in fields:
+            correction = _fields(CorrectionConfig, fields["correction"], f"{where}: correction")
+            for name, modifier in (("drift_gate", DriftGate), ("staleness", StalenessDecay)):
+                if correction.get(name) is not None:
+                    place = f"{where}: correction.{name}"
+                    correction[name] = _made(modifier, _fields(modifier, correction[name], place), place)
+            fields["correction"] = _made(CorrectionConfig, correction, f"{where}: correction")
+        return _made(cls, fields, where)
+
+
+_Config = TypeVar("_Config")
+
+
+def _fields(config: type[Any], value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(f"{where}: expected an object, found {value!r:.100}")
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in value:
+        if name not in known:
+            raise InvalidArgumentError(f"{where}: {name!r:.100} is not one of {', '.join(sorted(known))}")
+    return dict(value)
+
+
+def _made(config: type[_Config], fields: dict[str, Any], where: str) -> _Config:
+    try:
+        return config(**fields)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{where}: {error!s:.200}") from error

@@ -174,6 +174,7 @@ def score_cache(
         on_progress: in response tokens.
 
     Raises:
+        InvalidArgumentError: more ranks or chosen ids than there are logits, or `chosen` without `chooser`.
         MismatchError: the rollouts were made with another tokenizer, or the cache at `uri` with other
         settings. InvalidRolloutError: a rollout the model cannot score, or NaN logits, with rollout and
         position. CacheExistsError, StorageError: as for `opd_store.create`.
@@ -181,6 +182,11 @@ def score_cache(
     if (chosen > 0) != (chooser is not None):
         raise InvalidArgumentError(
             f"chosen, chooser: expected both or neither, found {chosen} ids chosen by {chooser}"
+        )
+    if chooser is not None and chosen > min(lm.vocab_size, chooser.vocab_size):
+        raise InvalidArgumentError(
+            f"chosen: {chosen} ids of a teacher with {lm.vocab_size} logits and a chooser with "
+            f"{chooser.vocab_size}; ask for no more than both have"
         )
     for model in (lm, reference, chooser):
         if model is not None and model.tokenizer_fingerprint != source.tokenizer_fingerprint:

@@ -15,7 +15,13 @@ from opd_train.targets import Targets
 
 
 def batch_sums(
-    config: LossConfig, loss: Tensor, logprob_NC: Tensor, targets: Targets, weight_N: Tensor, kept_N: Tensor
+    config: LossConfig,
+    loss: Tensor,
+    logprob_NC: Tensor,
+    targets: Targets,
+    weight_N: Tensor,
+    kept_N: Tensor,
+    importance_N: Tensor,
 ) -> dict[str, float]:
     """Sums over the counted tokens of one batch, for `summarise`.
 
@@ -23,6 +29,7 @@ def batch_sums(
         loss: the summed loss, detached.
         logprob_NC: [N, C] the student's log-probs at `targets.ids`, detached.
         weight_N, kept_N: what the correction gave.
+        importance_N: [N] the weights without modifiers.
     """
     student_N = logprob_NC[:, -1]
     sums = {
@@ -33,7 +40,7 @@ def batch_sums(
         "w2": (weight_N**2).sum(),
     }
     if config.correction.needs_behaviour and config.correction.cap is not None:
-        sums["capped"] = (weight_N[kept_N] >= config.correction.cap).sum()
+        sums["capped"] = (importance_N[kept_N] >= config.correction.cap).sum()
     if targets.behaviour_logprob is not None:
         log_rho_N = log_ratio(student_N, targets.behaviour_logprob)
         log_rho_N = log_rho_N[torch.isfinite(log_rho_N)]
@@ -69,7 +76,7 @@ def _topk_sums(logprob_NC: Tensor, targets: Targets) -> dict[str, Tensor]:
         "tail_kl": (tail_N * gap_N).sum(),
         "student_mass": student_NK.exp().sum(),
         "teacher_mass": teacher_NK.exp().sum(),
-        "top1": (student_NK.argmax(dim=-1) == 0).sum(),
+        "top1": (student_NK.argmax(dim=-1) == teacher_NK.argmax(dim=-1)).sum(),
     }
 
 
@@ -82,10 +89,10 @@ def summarise(sums: dict[str, float]) -> dict[str, float]:
     - `ratio_mean`: mean rho, 1 in expectation on tokens that were not trained on.
     - `log_gap`: mean log pi_theta - log pi_T of the sampled token; `clipped`: share of tokens where it
       reaches the clip.
-    - `dropped`, `capped`: share of tokens out of the loss, and at the cap.
+    - `dropped`, `capped`: share of tokens out of the loss, and at the cap before any modifier.
     - `student_mass`, `teacher_mass`: probability on the cached ranks; `tail_kl`: what the rest adds to
       `forward_kl`.
-    - `top1`: share of positions where, of the cached ids, the student ranks the teacher's first highest.
+    - `top1`: share of positions where, of the cached ids, student and teacher rank the same one highest.
     """
     n, kept = max(sums["n"], 1.0), max(sums["kept"], 1.0)
     row = {"loss": sums["loss"] / kept, "dropped": 1.0 - sums["kept"] / n}

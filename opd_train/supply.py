@@ -17,7 +17,8 @@ from opd_train.stopwatch import Stopwatch
 class BatchSource(Protocol):
     """Where batches come from: a cache stream, or a live teacher.
 
-    It may also have `observe(metrics)`, which is called after every step, before its state is asked for.
+    It may also have `observe(metrics)`, which is called after every step, before its state is asked for, and
+    `close()`, which is called when a run ends and frees what only the next batch needs.
     """
 
     def next_batch(self) -> TeacherBatch | None: ...
@@ -35,28 +36,29 @@ class BatchSource(Protocol):
 class Supply:
     """Deals a source's batches to steps."""
 
-    def __init__(
-        self,
-        source: BatchSource,
-        config: DistillConfig,
-        stopwatch: Stopwatch,
-        score: Callable[[TeacherBatch], Tensor],
-    ) -> None:
+    def __init__(self, source: BatchSource, config: DistillConfig, stopwatch: Stopwatch) -> None:
         """
         Args:
             stopwatch: gets the seconds of "data".
-            score: [N] log-probs of a batch's sampled tokens under the student as it is now.
         """
-        self._source, self._config, self._stopwatch, self._score = source, config, stopwatch, score
+        self._source, self._config, self._stopwatch = source, config, stopwatch
         self._ahead: deque[tuple[TeacherBatch, Tensor | None]] = deque()
         self.before: dict[str, Any] = {}
         """The source's state before the first batch of the step, or of the steps drawn ahead with it."""
 
-    def of_step(self, step: int) -> Iterator[tuple[TeacherBatch, Tensor | None]]:
+    def clear(self) -> None:
+        """Forget what was drawn ahead: the source goes on from elsewhere."""
+        self._ahead.clear()
+
+    def of_step(
+        self, step: int, score: Callable[[TeacherBatch], Tensor]
+    ) -> Iterator[tuple[TeacherBatch, Tensor | None]]:
         """Each batch of a step with its log-probs under the proximal policy; None if that is the student.
 
         Args:
             step: counted from 0. Steps come in order, each once.
+            score: [N] log-probs of a batch's sampled tokens under the student as it is now. Not held, since
+                it holds whoever holds this, and so the source's threads.
 
         Raises:
             OpdError: the source has no more.
@@ -67,7 +69,7 @@ class Supply:
             if config.proximal_every > 1:
                 n_steps = min(config.proximal_every, config.steps - step)
                 drawn = [self._draw(step) for _ in range(n_steps * config.accumulate)]
-                self._ahead.extend((batch, self._score(batch)) for batch in drawn)
+                self._ahead.extend((batch, score(batch)) for batch in drawn)
         for _ in range(config.accumulate):
             yield self._ahead.popleft() if self._ahead else (self._draw(step), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -97,7 +98,7 @@ class Trainer:
         check_ranks_agree(self._provenance, self._world.gather(self._provenance))
         self.stopwatch = stopwatch or Stopwatch()
         self.step = 0
-        self._supply = Supply(source, config, self.stopwatch, self._proximal_logprob)
+        self._supply = Supply(source, config, self.stopwatch)
         if config.lora is not None:
             lora.add_adapters(student, config.lora, seed=config.seed)
         shard(student, self._world)
@@ -124,6 +125,7 @@ class Trainer:
         """
         metrics: dict[str, float] = {}
         with ExitStack() as stack:
+            stack.callback(self._close_source)
             if (final := self.final_dir) is not None:
                 if not self._exists(final):
                     # Before the first step, so that an unusable place costs no work.
@@ -141,9 +143,8 @@ class Trainer:
                 self._save_checkpoint()
             self.student.model.eval()
             if final is not None:
-                export = None
-                if self.config.lora is not None:
-                    export = lambda tensors, temp: lora.export_merged(self.student, tensors, temp)  # noqa: E731
+                adapted = self.config.lora is not None
+                export = functools.partial(lora.export_merged, self.student) if adapted else None
                 save_model(self.student, final, self._provenance, world=self._world, export=export)
         return metrics
 
@@ -151,8 +152,8 @@ class Trainer:
         """Go to just before the step that `report` is about, and give its batches of this rank.
 
         Student, optimizer, source and random state are then what they were. The way there leads from the
-        newest checkpoint, or else from the start, through every step again, and writes nothing. To look at
-        one batch:
+        newest checkpoint, or else from the start, through every step again, and writes nothing: without a
+        checkpoint this has to be a trainer that has not run. To look at one batch:
 
             for batch in trainer.replay(Path("out/replay-step-00000042.json")):
                 hidden = response_hidden(trainer.student, batch)
@@ -164,11 +165,20 @@ class Trainer:
         """
         content = read_replay(report)
         check_same_run(report, self._provenance, content["provenance"])
+        if len(content["sources"]) != self._world.size:
+            raise MismatchError(
+                f"{report}: of a run with {len(content['sources'])} ranks, this one has {self._world.size}; "
+                "start as many",
+                field="world_size",
+                expected=str(len(content["sources"])),
+                found=str(self._world.size),
+            )
         self._begin(write=False)
         while self.step < content["step"] - 1:
             self._observe(self._train_step())
-        batches = [batch for batch, _ in self._supply.of_step(self.step)]
-        expected = content["ranks"][self._world.rank]["source"]
+        batches = [batch for batch, _ in self._supply.of_step(self.step, self._proximal_logprob)]
+        self._close_source()
+        expected = content["sources"][self._world.rank]
         for name, there, here in differences(expected, json.loads(json.dumps(self._supply.before))):
             raise MismatchError(
                 f"{report}: source {name} was {there!r:.200} before the step, and is {here!r:.200} now; "
@@ -210,7 +220,7 @@ class Trainer:
         batches: list[TeacherBatch] = []
         sums: dict[str, float] = {"kept_by_all": 0.0, "tokens": 0.0}
         try:
-            for batch, proximal in self._supply.of_step(self.step):
+            for batch, proximal in self._supply.of_step(self.step, self._proximal_logprob):
                 batches.append(batch)
                 with self.stopwatch.measure("student"):
                     result = self._backward(batch, proximal)
@@ -297,6 +307,10 @@ class Trainer:
         if (observe := getattr(self._source, "observe", None)) is not None:
             observe(metrics)
 
+    def _close_source(self) -> None:
+        if (close := getattr(self._source, "close", None)) is not None:
+            close()
+
     def _not_finite(
         self, what: str, value: float, sums: dict[str, float], batches: list[TeacherBatch]
     ) -> OpdError:
@@ -346,6 +360,7 @@ class Trainer:
             # One state may be of a source that does not know of ranks.
             own = sources[self._world.rank] if same_size else sources if len(sources) > 1 else sources[0]
             self._source.load_state_dict(own)
+            self._supply.clear()
             self.stopwatch.seconds.update(state["seconds"])
             self.step = int(state["step"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

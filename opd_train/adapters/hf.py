@@ -72,7 +72,7 @@ class DistillLossMixin:
 
         Raises:
             InvalidArgumentError: an option of the trainer that this loss cannot honour, an objective that the
-                cache has no values for, or a collator that allows ids which the student does not have.
+                collator brings no values for, or a collator that allows ids which the student does not have.
             MismatchError: the cache does not belong to the student.
         """
         _require(model, args, data_collator, trainer_options)
@@ -81,7 +81,7 @@ class DistillLossMixin:
             objective, correction = resolve_objective(None, None, topk=data_collator.ranks)
             loss = LossConfig(objective=objective, correction=correction)
         else:
-            resolve_objective(loss.objective, loss.correction, topk=data_collator.ranks)
+            _require_values(loss, data_collator)
         teacher_used = loss.objective is not Objective.CROSS_ENTROPY
         allowed = check_cache(meta, model, allow=allow_mismatch, teacher_used=teacher_used)
         if data_collator.vocab_size > model.vocab_size:
@@ -272,6 +272,19 @@ def _require(model: object, args: Any, collator: object, options: dict[str, Any]
         if found:
             value = getattr(args, name, None) if name not in options else options[name]
             raise InvalidArgumentError(f"{name}: found {value!r:.100}, expected {remedy}")
+
+
+def _require_values(loss: LossConfig, collator: CacheCollator) -> None:
+    """Refuse an objective that the collator brings no ids for."""
+    options = {"draws": loss.objective.needs_draws, "chosen": loss.chosen_ids}
+    for option, needed in options.items():
+        if needed and not getattr(collator, option):
+            raise InvalidArgumentError(
+                f"data_collator: objective {loss.objective.value!r} compares on ids that it does not read; "
+                f"pass CacheCollator(..., {option}=True)"
+            )
+    if not loss.chosen_ids:
+        resolve_objective(loss.objective, loss.correction, topk=collator.ranks)
 
 
 @contextmanager

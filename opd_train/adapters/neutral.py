@@ -198,9 +198,9 @@ class CacheCollator:
         """
         Args:
             ranks: how many of the cached top-k ranks to read; the rest joins the tail. None means all.
-            draws, chosen: whether to read drawn, and chosen, ids.
             max_tokens: rollouts are cut after so many tokens; None for no limit.
             vocab_size: logits of the student, if fewer than the teacher's; every id is proven below it.
+            draws, chosen: whether to read drawn, and chosen, ids.
 
         Raises:
             InvalidArgumentError: an argument out of range, or ids that the cache does not have.
@@ -208,6 +208,7 @@ class CacheCollator:
         self.cache, self.max_tokens = cache, max_tokens
         self.ranks = cache.topk if ranks is None else ranks
         self.vocab_size = cache.meta.vocab_size if vocab_size is None else vocab_size
+        self.draws, self.chosen = draws, chosen
         self._key = cache_key(cache)
         self._assembler = BatchAssembler(
             [cache], ranks=ranks, vocab_size=vocab_size, max_tokens=max_tokens, draws=draws, chosen=chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from opd_store import InvalidArgumentError
@@ -231,16 +231,21 @@ class CorrectionConfig:
         return self.staleness is not None
 
     @property
+    def unmodified(self) -> CorrectionConfig:
+        """The same kind and bounds without what else multiplies its weights."""
+        return replace(
+            self,
+            normalise=Normalise.NONE,
+            drift_gate=None,
+            staleness=None,
+            opsm_delta=None,
+            position_gain=0.0,
+        )
+
+    @property
     def pointwise(self) -> bool:
         """Whether a token's weight depends on that token alone: any slice may then be weighted by itself."""
-        return (
-            self.kind in _POINTWISE
-            and self.normalise is Normalise.NONE
-            and self.drift_gate is None
-            and self.staleness is None
-            and self.opsm_delta is None
-            and self.position_gain == 0
-        )
+        return self.kind in _POINTWISE and self == self.unmodified
 
 
 def _check(name: str, value: float | None, *, least: float, most: float = math.inf) -> None:

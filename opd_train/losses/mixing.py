@@ -41,7 +41,8 @@ def mix_teachers(losses: Sequence[Tensor], weights: Sequence[Tensor | float]) ->
     Args:
         losses: each [N].
         weights: for each loss a number, or [N] where it differs between positions; >= 0, any scale. A loss
-            does not count where its weight is 0, whatever it is there.
+            does not count where its weight is 0, even if it is not finite there; the backward pass still runs
+            through it, so its own derivative has to be finite.
 
     Returns:
         [N]; 0 where all weights are.

@@ -158,3 +158,39 @@ def test_what_is_trained_by_default(opd, work, cache, tmp_path, options, objecti
     loss = config["loss"]
     correction = loss["correction"]
     assert (loss["objective"], correction["kind"], correction["cap"]) == (objective, kind, cap)
+
+
+def test_a_loss_from_a_file(opd, work, cache, tmp_path):
+    path = tmp_path / "loss.json"
+    path.write_text(
+        json.dumps({"objective": "lightning", "correction": {"kind": "prefix_is", "step_cap": 1.5}})
+    )
+    args = ("train", cache, "--student", work / "student", "--out", tmp_path / "run", "--steps", 1)
+    opd(*args, "--loss", path).ok()
+    loss = json.loads((tmp_path / "run/final/opd.json").read_text())["config"]["loss"]
+    assert (loss["objective"], loss["correction"]["kind"]) == ("lightning", "prefix_is")
+    assert loss["correction"]["step_cap"] == 1.5
+    opd(*args, "--loss", path, "--clip", 2).refused(2, "--clip: not together with --loss")
+    path.write_text('{"objective": "lightning", "corection": {}}')
+    opd(*args, "--loss", path).refused(2, "loss.json: 'corection' is not one of")
+    opd(*args, "--objective", "reverse_kl", "--chosen-ids").refused(
+        2, "chosen_ids: the cache stores none", "--chosen"
+    )
+
+
+def test_training_on_ids_that_the_student_chose(opd, work, tmp_path):
+    args = ("score", work / "teacher", work / "rollouts.jsonl", tmp_path / "cache", "--topk", 0)
+    opd(*args, "--chosen", 5, "--chosen-ids-from", work / "student").ok()
+    train = (
+        "train",
+        tmp_path / "cache",
+        "--student",
+        work / "student",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+    )
+    opd(*train, "--objective", "reverse_kl", "--chosen-ids").ok()
+    metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["loss"] == pytest.approx(metrics["reverse_kl"])

@@ -133,6 +133,17 @@ def test_nothing_from_a_file_reaches_the_page_unescaped(tmp_path):
     assert len(re.findall("&lt;script", text)) >= 6
 
 
+@pytest.mark.parametrize(
+    "value", ["1" + "0" * 500, "1e308", "-1e308", "[" * 500 + "]" * 500, "NaN", "1e99"], ids=lambda v: v[:6]
+)
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "lr"])
+def test_no_value_stops_the_page(tmp_path, name, value):
+    path = written(tmp_path / "run", full_rows())
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 13, "{name}": {value}, "alarms": [{{"raised": true, "step": {value}}}]}}\n')
+    assert len(Page(page(read_run(path))).images) == len(PLOTS)
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
     path = written(tmp_path / "run", full_rows())
     with (path / "metrics.jsonl").open("a") as file:
@@ -179,6 +190,8 @@ def test_the_command(opd, work, cache, tmp_path):
         ('{"step": 1}\n{"st\n', 1, "line 2"),
         ('{"loss": 1}\n', 1, "line 1"),
         ("[1]\n", 1, "line 1"),
+        ('{"step": 1}\n' + "[" * 100_000 + "\n", 1, "line 2"),
+        ('{"step": 1' + "0" * 500 + "}\n", 1, "line 1"),
     ],
 )
 def test_what_is_not_a_run(opd, tmp_path, content, code, part):

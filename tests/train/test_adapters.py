@@ -19,14 +19,32 @@ from train.adapter_problems import (
     reference_run,
     weights,
 )
-from train.tiny_models import CONTEXT, VOCAB, loaded, random_rollouts, save_tiny, scored_cache, tiny_tokenizer
+from train.tiny_models import (
+    CONTEXT,
+    VOCAB,
+    loaded,
+    meta_of,
+    random_rollouts,
+    save_tiny,
+    scored_cache,
+    tiny_tokenizer,
+)
 
 import opd_store
 from opd_store import InvalidArgumentError, InvalidRolloutError, MismatchError, OpdError
-from opd_train import BatchAssembler, CorrectionConfig, LossConfig, Objective, collate, load_causal_lm
+from opd_train import (
+    BatchAssembler,
+    CorrectionConfig,
+    LossConfig,
+    Objective,
+    collate,
+    load_causal_lm,
+    score_cache,
+)
 from opd_train.adapters.hf import CacheCollator, CacheDataset, DistillTrainer, require_whole_weights
 from opd_train.adapters.neutral import from_padded, to_padded
 from opd_train.batch_loss import distill_loss
+from opd_train.drawing import Draws
 from opd_train.forward import response_hidden
 
 TIS = CorrectionConfig(kind="token_tis", cap=2.0)
@@ -382,6 +400,43 @@ def test_an_objective_that_needs_topk_from_a_cache_without(teacher, models, tmp_
         hf_trainer(bare, models["llama"], tmp_path, loss=LOSSES["forward_kl"])
     trainer = hf_trainer(bare, models["llama"], tmp_path)
     assert trainer.loss_config == LOSSES["lightning"]
+
+
+def test_ids_that_the_collator_has_to_bring(teacher, models, tmp_path):
+    """Drawn and chosen ids, from a cache without top-k."""
+    meta, path = meta_of(teacher), tmp_path / "drawn"
+    options = {"draws": Draws(4), "chosen": 3, "chooser": loaded(models["llama"])}
+    score_cache(teacher, random_rollouts(8), meta, path, topk=0, encoding="plain", **options)
+    drawn = opd_store.open(path)
+    losses = {
+        "draws": LossConfig(objective=Objective.RANDOM_SAMPLING_KD),
+        "chosen": LossConfig(objective=Objective.REVERSE_KL, chosen_ids=True),
+    }
+    for option, loss in losses.items():
+        with pytest.raises(InvalidArgumentError, match=rf"pass CacheCollator\(\.\.\., {option}=True\)"):
+            hf_trainer(drawn, models["llama"], tmp_path, loss=loss)
+        collator = CacheCollator(drawn, **{option: True})
+        trainer = hf_trainer(drawn, models["llama"], tmp_path, loss=loss, data_collator=collator)
+        trainer.train()
+        batches, losses_seen = zip(*trainer.seen, strict=True)
+        assembler = BatchAssembler([drawn], **{option: True})
+        lm = loaded(models["llama"])
+        batch = assembler.assemble(0, batches[0])
+        with torch.no_grad():
+            hidden = response_hidden(lm, batch)
+            result = distill_loss(loss, hidden=hidden, lm_head=lm.logits, batch=batch)
+        assert losses_seen[0] == pytest.approx(result.loss.item() / result.n_kept, rel=1e-5)
+
+
+def test_a_student_with_more_logits_than_the_teacher(cache, tmp_path):
+    student = save_tiny(tmp_path / "model", tokenizer=tiny_tokenizer(), vocab_size=VOCAB + 11)
+    with pytest.raises(MismatchError, match="vocab_size: the run expects 48, the cache has 37"):
+        hf_trainer(cache, student, tmp_path)
+    loss = LOSSES["forward_kl"]
+    trainer = hf_trainer(cache, student, tmp_path, loss=loss, allow_mismatch=["vocab_size"])
+    trainer.train()
+    expected, _ = reference_run(cache, student, loss, [rows for rows, _ in trainer.seen])
+    assert_close(weights(trainer.model), expected)
 
 
 def test_rows_of_another_cache_are_noticed(cache, counting, models, tmp_path):

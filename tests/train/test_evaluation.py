@@ -20,6 +20,7 @@ from train.tiny_models import (
 from opd_store import InvalidArgumentError, MismatchError
 from opd_train import accuracy, cache_divergence, load_causal_lm, sequence_kl
 from opd_train.evaluation import mean_estimate, proportion
+from opd_train.head import HeadWeights, topk_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,36 @@ def test_divergence_of_a_cache_with_every_rank_is_the_full_kl(student, teacher, 
     found = cache_divergence(student, cache, batch_tokens=25)
     assert found["forward_kl"].mean == pytest.approx(np.mean(forward), rel=1e-4)
     assert found["reverse_kl"].mean == pytest.approx(np.mean(reverse), rel=1e-4)
+
+
+def test_what_a_larger_student_gives_to_ids_beyond_the_teachers_is_tail(teacher, tmp_path):
+    wide = load_causal_lm(save_tiny(tmp_path / "wide", vocab_size=VOCAB + 11, tokenizer=tiny_tokenizer()))
+    rollouts = random_rollouts(5)
+    cache = scored_cache(tmp_path / "cache", teacher, rollouts, topk=VOCAB)
+    forward = []
+    for rollout in rollouts:
+        q, p = naive_logprobs(wide, rollout)[:, :VOCAB], naive_logprobs(teacher, rollout)
+        assert (np.exp(q).sum(axis=1) < 0.95).any()
+        mask = slice(None) if rollout.loss_mask is None else rollout.loss_mask
+        forward.append((np.exp(p) * (p - q)).sum(axis=1)[mask].mean())
+    found = cache_divergence(wide, cache)
+    assert found["forward_kl"].mean == pytest.approx(np.mean(forward), rel=1e-4)
+    assert found["reverse_kl"].mean > found["forward_kl"].mean
+
+
+def test_divergence_looks_at_counted_positions_only(student, teacher, tmp_path, monkeypatch):
+    cache = scored_cache(tmp_path / "cache", teacher, random_rollouts(5))
+    seen = []
+
+    def counting(hidden, head, ids):
+        assert isinstance(head, HeadWeights)
+        seen.append(len(ids))
+        return topk_logprobs(hidden, head, ids)
+
+    monkeypatch.setattr("opd_train.evaluation.topk_logprobs", counting)
+    cache_divergence(student, cache)
+    masks = [r.loss_mask if r.loss_mask is not None else np.ones(r.response_len) for r in cache]
+    assert sum(seen) == sum(map(np.sum, masks)) < sum(map(len, masks))
 
 
 def test_divergence_needs_topk_and_rollouts(student, teacher, tmp_path):

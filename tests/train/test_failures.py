@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from train.training import CONFIG, Stop, assert_equal, make_cache, run, trainer, weights
 
 from opd_store import FormatError, InvalidArgumentError, MismatchError, OpdError
+from opd_train import CacheStream
 from opd_train.batch_loss import distill_loss
 from opd_train.forward import response_hidden
 
@@ -79,6 +83,9 @@ def test_a_failed_step_is_recorded_and_can_be_replayed(cache, models, tmp_path, 
         for batch in batches
     ]
     assert [loss == loss for loss in losses] == [True, False]
+    # The trainer that failed may still hold batches that it drew ahead; it goes there by the same way.
+    rows = [batch.row_ids.tolist() for batch in made.replay(path)]
+    assert rows == [batch.row_ids.tolist() for batch in failed]
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*")) == before
 
 
@@ -95,7 +102,11 @@ def test_a_replay_of_another_run_is_refused(cache, models, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(MismatchError, match="source batches was 3 before the step, and is 0 now"):
         trainer(cache, models["llama"], out=tmp_path / "out").replay(path)
-    for text in ("{}", '{"version": 9}', "[", "7"):
+    content["ranks"] *= 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(MismatchError, match="a run with 2 ranks, this one has 1; start as many"):
+        trainer(cache, models["llama"], out=tmp_path / "out").replay(path)
+    for text in ("{}", '{"version": 9}', '{"version": 1}', "[", "7"):
         path.write_text(text)
         with pytest.raises(FormatError, match="replay"):
             trainer(cache, models["llama"]).replay(path)
@@ -197,6 +208,26 @@ def test_the_source_hears_of_every_step(cache, models, tmp_path):
     again = trainer(cache, models["llama"], source=source, out=tmp_path / "out")
     again.run()
     assert again._source.seen == made._source.seen
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("stop", [None, 3])
+def test_a_run_leaves_no_threads_and_no_cycle(cache, models, every, stop):
+    def source(lm):
+        return CacheStream(cache, batch_tokens=60, epochs=None, workers=2)
+
+    config = dataclasses.replace(CONFIG, steps=4, proximal_every=every, save_every=0)
+    made = trainer(cache, models["llama"], config, source=source, stop=stop)
+    with pytest.raises(Stop) if stop else nullcontext():
+        made.run()
+    assert made._source._executor is None
+    left = weakref.ref(made)
+    gc.disable()  # Reference counts alone have to do it.
+    try:
+        del made
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_waiting_for_data_is_measured(cache, models):

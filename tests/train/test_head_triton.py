@@ -16,17 +16,13 @@ SCALARS = {"n_columns": "i32", "n_ids": "i32", "scale": "fp32", "softcap": "fp32
 CONSTANTS = {"COLUMNS": 4096, "IDS": 64}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("head_kernels.py",),
-        ("test_head.py", "-k", "every_curve and float32 and all or repeated_ids and not function"),
-    ],
-    ids=["kernels", "head"],
-)
-def test_interpreted_on_the_cpu(arguments):
+KERNELS = "head_kernels or every_curve and float32 and all or repeated_ids and not function"
+
+
+def test_interpreted_on_the_cpu():
+    files = [HERE / name for name in ("head_kernels.py", "test_head.py")]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", HERE / arguments[0], *arguments[1:]],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", KERNELS],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

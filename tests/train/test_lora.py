@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def test_only_adapters_change_and_merging_changes_nothing(cache, models, tmp_pat
     torch.testing.assert_close(logits(merged), logits(made.student), rtol=0, atol=2e-5)
     assert merged.provenance["student"]["weights_digest"] == untrained.info.weights_digest
     assert merged.provenance["config"]["lora"] == {"rank": 3, "alpha": 6, "targets": []}
+
+    # In an order of its own a set would come out otherwise in every process.
+    settings = json.loads((made.final_dir / "adapter/adapter_config.json").read_text())
+    assert len(settings["target_modules"]) > 5
+    assert settings["target_modules"] == sorted(settings["target_modules"])
 
     # As peft itself opens it.
     import peft

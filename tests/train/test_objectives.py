@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from opd_store import InvalidArgumentError
 from opd_train import CorrectionConfig, CorrectionKind, Objective, collate
 from opd_train.batch_loss import distill_loss
 from opd_train.batches import TeacherTargets
-from opd_train.corrections import StalenessDecay
+from opd_train.corrections import DriftGate, StalenessDecay
 from opd_train.forward import response_hidden
 from opd_train.head import HeadWeights, topk_logprobs
 from opd_train.objectives import LossConfig
@@ -282,6 +283,32 @@ def test_the_monitors(batch, student, hidden):
         assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.parametrize(
+    "modifier",
+    [
+        {"normalise": "tokens"},
+        {"normalise": "sequences"},
+        {"drift_gate": DriftGate()},
+        {"position_gain": 0.7},
+        {"opsm_delta": 0.0},
+    ],
+    ids=str,
+)
+def test_what_is_capped_does_not_depend_on_modifiers(batch, student, hidden, modifier):
+    def capped(correction):
+        with torch.no_grad():
+            result = distill_loss(
+                config(Objective.LIGHTNING, correction), hidden=hidden, lm_head=student.logits, batch=batch
+            )
+        return summarise(result.sums)["capped"], result.sums["w"]
+
+    expected, weights = capped(TIS)
+    found, modified = capped(dataclasses.replace(TIS, **modifier))
+    assert modified != pytest.approx(weights)
+    assert found == expected
+    assert 0 < expected < 1
+
+
 @pytest.mark.parametrize("kind", [kind for kind in CorrectionKind if kind not in ("ppo", "gspo")])
 @pytest.mark.parametrize("objective", [Objective.LIGHTNING, Objective.REVERSE_KL, Objective.CROSS_ENTROPY])
 def test_equal_policies_weigh_exactly_one(batch, student, hidden, objective, kind):
@@ -330,3 +357,63 @@ def test_a_batch_without_a_counted_token_has_a_zero_gradient(batch, student, hid
 def test_a_clip_that_makes_no_sense(clip):
     with pytest.raises(InvalidArgumentError, match="clip: expected more than 0"):
         LossConfig(objective=Objective.LIGHTNING, clip=clip)
+
+
+def test_a_loss_from_json_is_the_same_loss():
+    config = LossConfig(
+        objective=Objective.LIGHTNING,
+        clip=5.0,
+        correction=CorrectionConfig(
+            kind=CorrectionKind.PREFIX_IS,
+            step_cap=1.5,
+            drift_gate=DriftGate(block=8),
+            staleness=StalenessDecay(rate=0.1, drop_after=5),
+        ),
+    )
+    as_json = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert LossConfig.from_json(as_json, where="loss.json") == config
+    assert LossConfig.from_json({"objective": "jsd"}, where="loss.json") == LossConfig(
+        objective=Objective.JSD
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], r"loss.json: expected an object, found \[\]"),
+        ({}, "loss.json: .*objective"),
+        ({"objective": "win"}, "loss.json: 'win' is not a valid Objective"),
+        ({"objective": "jsd", "gamma": 1}, "loss.json: 'gamma' is not one of beta, chosen_ids, clip"),
+        ({"objective": "jsd", "beta": "half"}, "loss.json: '<'"),
+        ({"objective": "jsd", "beta": 2}, "loss.json: beta: expected between 0 and 1, found 2"),
+        ({"objective": "jsd", "correction": {"kind": "cap"}}, "loss.json: correction: 'cap' is not a valid"),
+        (
+            {"objective": "jsd", "correction": {"drift_gate": {"blok": 8}}},
+            "loss.json: correction.drift_gate: 'blok' is not one of block, rate",
+        ),
+        ({"objective": "jsd", "correction": {"kind": "none", "cap": 2.0}}, "loss.json: correction: cap"),
+    ],
+    ids=range(9),
+)
+def test_a_loss_from_json_that_makes_no_sense(value, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        LossConfig.from_json(value, where="loss.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "forward_kl", "temperature": 2.0}, "temperature: 2.0 with objective 'forward_kl'"),
+        ({"objective": "lightning", "chosen_ids": True}, "chosen_ids: objective 'lightning'"),
+        ({"objective": "forward_kl", "cross_entropy": 1.5}, "cross_entropy: expected 0 to 1"),
+        ({"objective": "forward_kl", "teacher_weights": (0.0,)}, "teacher_weights: expected one above 0"),
+        ({"objective": "forward_kl", "teacher_weights": (-1.0,)}, "teacher_weights: expected 0 or more"),
+        ({"objective": "random_sampling_kd", "teacher_weights": (1.0, 1.0)}, "teacher_weights: of joined"),
+        ({"objective": "forward_kl", "correction": PPO}, "correction 'ppo' clips by the sampled token's"),
+        ({"objective": "cross_entropy", "correction": PPO}, "objective 'cross_entropy' does not have"),
+    ],
+    ids=range(8),
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        LossConfig(**settings)

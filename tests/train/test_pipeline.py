@@ -300,6 +300,14 @@ def test_chosen_ids_are_those_that_both_models_have(teacher, tmp_path):
             assert set(all_of_student[all_of_student < VOCAB].tolist()) <= set(own.tolist())
 
 
+def test_more_chosen_ids_than_the_teacher_has(teacher, tmp_path):
+    wide = load_causal_lm(save_tiny(tmp_path / "wide", vocab_size=VOCAB + 40))
+    wide = dataclasses.replace(wide, tokenizer_fingerprint=teacher.tokenizer_fingerprint)
+    options = {"topk": 0, "chosen": VOCAB + 1, "chooser": wide}
+    with pytest.raises(InvalidArgumentError, match=f"chosen: {VOCAB + 1} ids of a teacher with {VOCAB}"):
+        score_cache(teacher, random_rollouts(1), meta_of(teacher), tmp_path / "c", **options)
+
+
 @pytest.mark.parametrize("options", [{"chosen": 3}, {"chooser": "student"}])
 def test_chosen_ids_need_somebody_who_chose(student, teacher, tmp_path, options):
     options = {name: student if value == "student" else value for name, value in options.items()}

@@ -1,4 +1,4 @@
-"""The same for `opd_train`. To accept a change: `python -m train.test_public_api > tests/train/public_api.txt`."""
+"""The same for `opd_train`; `python -m train.test_public_api` prints what is to be recorded."""
 
 from __future__ import annotations
 

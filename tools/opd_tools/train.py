@@ -22,69 +22,19 @@ from opd_tools.drift import (
     show_alarm,
     split_allowed,
 )
+from opd_tools.loss_options import loss_options, read_loss
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, Stopwatch
     from opd_train.config import LoraConfig
     from opd_train.trainer import BatchSource
 
-OBJECTIVES = [
-    "lightning",
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "truncated_forward_kl",
-    "renormalised_forward_kl",
-    "renormalised_reverse_kl",
-    "random_sampling_kd",
-    "cross_entropy",
-]
-CORRECTIONS = [
-    "none",
-    "token_is",
-    "token_tis",
-    "token_mask",
-    "cispo",
-    "ppo",
-    "sequence_tis",
-    "sequence_mask",
-    "gspo",
-    "geometric_mask",
-    "k2_mask",
-    "k3_mask",
-    "prefix_is",
-]
-
 
 @click.command("train")
 @click.argument("cache", required=False)
 @click.option("--student", required=True, help="Hugging Face directory to start from.")
 @click.option("--out", required=True, help="Directory for checkpoints, metrics.jsonl and the final model.")
-@click.option(
-    "--objective",
-    type=click.Choice(OBJECTIVES),
-    help="What to minimise. Default: forward_kl if the cache has top-k, else lightning with token_tis.",
-)
-@click.option(
-    "--correction",
-    type=click.Choice(CORRECTIONS),
-    help="Importance weights. Default: none; token_tis if the objective is left open and there is no top-k.",
-)
-@click.option(
-    "--cap", type=float, help="Largest importance weight. Default: the correction's, 2 for token_tis."
-)
-@click.option(
-    "--low", type=float, help="Lower bound of the ratio, for masks and clips. Default: the correction's."
-)
-@click.option("--high", type=float, help="Upper bound of the ratio. Default: the correction's.")
-@click.option(
-    "--normalise",
-    type=click.Choice(["none", "tokens", "sequences"]),
-    default="none",
-    show_default=True,
-    help="Divide importance weights by their mean over a batch's tokens or rollouts.",
-)
-@click.option("--clip", default=10.0, show_default=True, help="Largest advantage of lightning, in nats.")
+@loss_options
 @click.option("--steps", type=int, required=True, help="Optimizer steps.")
 @click.option("--lr", default=2e-6, show_default=True, help="Peak learning rate.")
 @click.option(
@@ -300,26 +250,14 @@ def progress_line(metrics: dict[str, float]) -> str:
 Prepared = tuple["BatchSource", dict[str, Any], dict[str, Any]]
 
 
-def _objective(options: dict[str, Any], *, topk: int) -> dict[str, Any]:
-    from opd_train import CorrectionConfig, CorrectionKind, LossConfig, Objective, resolve_objective
-
-    objective = Objective(options["objective"]) if options["objective"] else None
-    correction = None
-    if options["correction"]:
-        correction = CorrectionConfig(kind=CorrectionKind(options["correction"]))
-    chosen, correction = resolve_objective(objective, correction, topk=topk)
-    given = {name: options[name] for name in ("cap", "low", "high") if options[name] is not None}
-    correction = dataclasses.replace(correction, normalise=options["normalise"], **given)
-    return {"loss": LossConfig(objective=chosen, correction=correction, clip=options["clip"])}
-
-
 def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
     import opd_store
     from opd_train import CacheStream, Objective, check_cache
 
     assert uri is not None
     cache = opd_store.open(uri, **options["access"])
-    fields = _objective(options, topk=cache.topk if options["ranks"] is None else options["ranks"])
+    topk = cache.topk if options["ranks"] is None else options["ranks"]
+    fields = {"loss": read_loss(options, topk=topk, chosen=cache.schema.chosen)}
     teacher_used = fields["loss"].objective is not Objective.CROSS_ENTROPY
     allow, allow_start = split_allowed(options["allow_mismatch"])
     allowed = check_cache(cache.meta, lm, allow=allow, teacher_used=teacher_used)
@@ -329,7 +267,7 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
             "which row 0 lacks; "
             "score again with --reference, or pass --correction none"
         )
-    needs_topk = fields["loss"].objective.needs_topk
+    needs_topk = fields["loss"].objective.needs_topk and not fields["loss"].chosen_ids
     look_before_start(
         cache,
         lm,
@@ -357,6 +295,7 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
         window=options["window"],
         too_long=options["too_long"],
         draws=fields["loss"].objective.needs_draws,
+        chosen=fields["loss"].chosen_ids,
     )
     if is_refreshing(options):
         objective = fields["loss"].objective
@@ -389,7 +328,7 @@ def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str
     if not options["teacher"] or not options["prompts"]:
         raise InvalidArgumentError("--live needs --teacher and --prompts")
     teacher = load_model(options["teacher"], dtype="float32", device=str(lm.device))
-    fields = _objective(options, topk=min(options["topk"], teacher.vocab_size))
+    fields = {"loss": read_loss(options, topk=min(options["topk"], teacher.vocab_size))}
     described = CacheMeta(
         vocab_size=teacher.vocab_size,
         tokenizer_fingerprint=teacher.tokenizer_fingerprint,

@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 
 METRICS_FILE, PROVENANCE_FILE = "metrics.jsonl", "opd.json"
 MAX_FILE_BYTES = 1 << 30
+MAX_NUMBER = 1e100
 MAX_TEXT, MAX_ROWS = 500, 400
 """Longer texts and tables are cut; the files have the rest."""
 
@@ -81,7 +82,7 @@ def read_run(directory: Path) -> Run:
     for number, line in enumerate(_read(path).split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}, line {number}: not JSON; it was cut short or changed") from error
         if not isinstance(row, dict) or not _is_number(row.get("step")):
             raise FormatError(f"{path}, line {number}: expected an object with a step")
@@ -94,7 +95,7 @@ def read_run(directory: Path) -> Run:
     if found:
         try:
             provenance = json.loads(_read(found[0]))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{found[0]}: not JSON") from error
         if not isinstance(provenance, dict):
             raise FormatError(f"{found[0]}: expected an object")
@@ -221,7 +222,8 @@ def _text(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that can be drawn: what lies beyond is no measurement, and the plots cannot scale it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
