@@ -5,7 +5,7 @@ SECONDS ?= 60
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test test-cloud bench-format bench-loader fuzz lint format clean
+.PHONY: demo demo-smollm2 test test-cloud bench-format bench-loader bench-train fuzz lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/addition/demo.py --out runs/demo
@@ -34,6 +34,13 @@ bench-loader: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
 	$(BIN)/python bench/data.py runs/bench-data
 	$(BIN)/python bench/loader.py runs/bench-data --out docs/figures
+
+# The last program trains several hundred students, in a few hours; it goes on where it was stopped.
+bench-train: $(INSTALLED)
+	$(BIN)/python bench/head.py
+	$(BIN)/python bench/waiting.py
+	$(BIN)/python bench/kill_training.py
+	$(BIN)/python bench/paper_table.py runs/paper --out docs/figures
 
 # Python 3.11: atheris has no builds for later ones.
 fuzz: $(INSTALLED)

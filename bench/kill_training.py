@@ -1,9 +1,10 @@
-"""Kills `opd train` with SIGKILL at random moments and starts it again, until it was killed often enough.
+"""Kills `opd train` with SIGKILL at random steps and starts it again, until it was killed often enough.
 
-    python bench/kill_training.py runs/demo/cache runs/demo/student [--steps 40] [--kills 20] [--seed 0]
+    python bench/kill_training.py [CACHE STUDENT] [--steps 40] [--kills 20] [--seed 0]
 
-A moment is any between the first write to the run's directory and the end. The weights, metrics and last
-checkpoint at the end have to be, bit for bit, those of a run that nothing interrupted; otherwise this fails.
+Without a cache, the README's tiny models make one. A kill comes up to 20 ms after a step that is drawn at
+random, so anywhere in the steps and checkpoints that follow. At the end the weights, metrics and last checkpoint
+have to be those of a run that nothing interrupted, bit for bit; otherwise this fails.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 import machine
 
 TIMINGS = ("seconds", "tokens_per_s", "data_share")
-POLL_S = 0.002
+POLL_S, LONGEST_DELAY_S = 0.002, 0.02
+TINY = Path(__file__).parents[1] / "examples" / "addition" / "tiny.py"
 
 
 def command(arguments: argparse.Namespace, out: Path) -> list[str]:
@@ -32,37 +34,37 @@ def command(arguments: argparse.Namespace, out: Path) -> list[str]:
     return [*start, "--out", str(out), "--device", "cpu", *words]
 
 
+def tiny(root: Path) -> tuple[str, str]:
+    """A cache and a student, made as in the README."""
+    opd = [sys.executable, "-m", "opd_tools.main"]
+    models, rollouts, cache = root / "tiny", str(root / "rollouts"), str(root / "cache")
+    subprocess.run([sys.executable, str(TINY), str(models)], check=True, capture_output=True)
+    sample = ["rollouts", str(models / "student"), str(models / "prompts.jsonl"), rollouts]
+    subprocess.run([*opd, *sample, "--max-new-tokens", "24"], check=True, capture_output=True)
+    score = ["score", str(models / "teacher"), rollouts, cache, "--topk", "8"]
+    subprocess.run([*opd, *score], check=True, capture_output=True)
+    return cache, str(models / "student")
+
+
 def steps_done(out: Path) -> int:
     """Lines of the metrics, half ones included."""
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def run(words: Sequence[str], out: Path, delay_s: float | None) -> bool:
-    """Start it, and kill it so long after its directory exists; whether it was killed."""
+def run(words: Sequence[str], out: Path, kill: tuple[int, float] | None) -> bool:
+    """Start it, and kill it so many seconds after a step; whether it was killed."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    began = time.monotonic()
-    # The lock file is there from the first run on, so wait for this one to take hold of its directory.
-    lock = out / ".lock"
-    while process.poll() is None and not (lock.exists() and held(lock, process.pid)):
-        time.sleep(POLL_S)
-    if delay_s is not None:
-        began = time.monotonic()
-        while process.poll() is None and time.monotonic() - began < delay_s:
+    if kill is not None:
+        step, delay_s = kill
+        while process.poll() is None and steps_done(out) < step:
             time.sleep(POLL_S)
+        time.sleep(delay_s)
         process.kill()
     _, message = process.communicate()
     if process.returncode not in (0, -9):
         raise SystemExit(message.decode())
     return process.returncode == -9
-
-
-def held(lock: Path, pid: int) -> bool:
-    """Whether the process has the file open."""
-    try:
-        return any(entry.resolve() == lock.resolve() for entry in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
-        return False
 
 
 def finished(out: Path) -> dict[str, object]:
@@ -78,8 +80,8 @@ def finished(out: Path) -> dict[str, object]:
 def main() -> None:
     """Run the kills and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("cache")
-    parser.add_argument("student")
+    parser.add_argument("cache", nargs="?")
+    parser.add_argument("student", nargs="?")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-tokens", type=int, default=256)
     parser.add_argument("--kills", type=int, default=20)
@@ -88,26 +90,26 @@ def main() -> None:
     print(machine.header(seed=arguments.seed))
     rng, kills, runs, rows = random.Random(arguments.seed), 0, 0, []
     with tempfile.TemporaryDirectory() as directory:
+        if arguments.student is None:
+            arguments.cache, arguments.student = tiny(Path(directory))
         whole = Path(directory) / "whole"
         run(command(arguments, whole), whole, None)
         expected = finished(whole)
-        duration_s = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-        span_s = sum(duration_s.values())
         while kills < arguments.kills:
             runs += 1
             out = Path(directory) / f"run-{runs}"
             n_killed = 0
             # The last start of a run is never killed, so that every run ends and is compared.
-            while kills < arguments.kills and n_killed < 4:
-                delay_s = rng.uniform(0, span_s)
-                if not run(command(arguments, out), out, delay_s):
+            while kills < arguments.kills and n_killed < 4 and steps_done(out) < arguments.steps - 1:
+                step = rng.randint(steps_done(out), arguments.steps - 1)
+                if not run(command(arguments, out), out, (step, rng.uniform(0, LONGEST_DELAY_S))):
                     break
                 kills, n_killed = kills + 1, n_killed + 1
-                rows.append([str(kills), str(runs), f"{delay_s:.2f}", str(steps_done(out))])
+                rows.append([str(kills), str(runs), str(step), str(steps_done(out))])
             run(command(arguments, out), out, None)
             if finished(out) != expected:
                 raise SystemExit(f"run {runs} differs from one that was not interrupted")
-    print(machine.table(["kill", "run", "after (s)", "steps done"], rows))
+    print(machine.table(["kill", "run", "after step", "steps done"], rows))
     print(f"{kills} kills in {runs} runs of {arguments.steps} steps: all end in the same bits")
 
 

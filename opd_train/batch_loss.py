@@ -14,6 +14,7 @@ from torch import Tensor
 from opd_store import InvalidArgumentError
 from opd_train.batches import TeacherBatch
 from opd_train.corrections import AdvantageAnchor, correction_weights, k3
+from opd_train.corrections.config import without_modifiers
 from opd_train.head import HeadWeights, LmHead, fused_loss, topk_logprobs
 from opd_train.losses import (
     advantage,
@@ -87,7 +88,7 @@ def distill_loss(
     with torch.no_grad():
         logprob_NC = logprob_NC.detach()
         weight_N, kept_N = importance_N, _ = weigh(logprob_NC[:, -1], slice(None))
-        unmodified = config.correction.unmodified
+        unmodified = without_modifiers(config.correction)
         if unmodified != config.correction:
             plain = dataclasses.replace(config, correction=unmodified)
             weigh = _Weights(plain, batch, targets, proximal_logprob, age)

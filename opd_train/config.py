@@ -74,6 +74,8 @@ class DistillConfig:
             raise InvalidArgumentError(
                 f"final_lr_share and betas: expected 0..1, found {self.final_lr_share} and {self.betas}"
             )
+        if not 0 <= self.seed < 1 << 63:
+            raise InvalidArgumentError(f"seed: expected 0..2**63 - 1, found {self.seed}")
         if self.save_every % self.proximal_every:
             raise InvalidArgumentError(
                 f"save_every: expected a multiple of proximal_every {self.proximal_every}, "

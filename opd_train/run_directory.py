@@ -186,9 +186,7 @@ def write_directory(
             finish(temp, written)
         for path in (*temp.rglob("*"), temp):
             sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temp.rename(target)
+        _put_in_place(temp, target)
         sync(target.parent)
 
     try:
@@ -199,6 +197,22 @@ def write_directory(
         if world.first:
             shutil.rmtree(temp, ignore_errors=True)
         raise
+
+
+def _put_in_place(temp: Path, target: Path) -> None:
+    if not target.exists():
+        temp.rename(target)
+        return
+    # What was there goes last: were it removed first and the new one refused, neither would be left.
+    old = target.parent / f".{target.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        temp.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _together(target: Path, act: Callable[[], Any], world: World) -> list[Any]:

@@ -77,10 +77,10 @@ def check_start(
     that is not says that the stored behaviour log-probs are not the sampler's.
 
     Args:
-        n: rollouts, evenly spread; those longer than the student's context are left out. batch_tokens: padded
-        tokens of one forward pass. allow: fields of START_FIELDS that are noted instead of refused.
-        teacher_used, behaviour_used: whether the objective, or the correction, reads the field; otherwise it
-        is
+        n: rollouts, evenly spread; those longer than the student's context are left out.
+        batch_tokens: padded tokens of one forward pass.
+        allow: fields of START_FIELDS that are noted instead of refused.
+        teacher_used, behaviour_used: whether objective or correction reads the field; what is not read is
             noted instead of refused.
 
     Raises:

@@ -24,7 +24,6 @@ from paper.training import result_path, start_path
 
 _T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % points of Student's t, by number of seeds."""
-COMPUTE = ("sampling", "teacher", "student")
 
 Result = dict[str, Any]
 
@@ -48,12 +47,6 @@ def load_start(root: Path, student: str, seeds: Sequence[int]) -> list[Result]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def seconds(result: Result) -> float:
-    """Sampling, teacher and student, waiting for data included."""
-    found = result["seconds"]
-    return float(sum(found.get(name, 0.0) for name in (*COMPUTE, "data")))
-
-
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and half-width."""
     if not values:
@@ -68,20 +61,10 @@ def accuracy(results: Sequence[Result]) -> str:
 
 def main_table(root: Path, seeds: Sequence[int]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Every method at the middle learning rate, from the middle student."""
-    columns = ("", "accuracy", "minus live sampled", "minus live top-64", "KL, nats", "compute")
+    columns = ("", "accuracy", "minus live sampled", "minus live top-64", "KL, nats")
     live = [_by_seed(root, method, seeds) for method in LIVE_METHODS[:2]]
-    live_seconds = _median([seconds(result) for result in load(root, LIVE_METHODS[1], seeds)])
     start = load_start(root, "near-of-teacher", seeds)
-    rows = [
-        (
-            "SFT student",
-            spread([r["accuracy"] for r in start]),
-            "",
-            "",
-            spread([r["kl"] for r in start], 2),
-            "",
-        )
-    ]
+    rows = [("SFT student", accuracy(start), "", "", spread([r["kl"] for r in start], 2))]
     for method in (*GROUPS["main"], *TRUNCATED):
         found = _by_seed(root, method, seeds)
         if not found:
@@ -99,7 +82,6 @@ def main_table(root: Path, seeds: Sequence[int]) -> tuple[tuple[str, ...], list[
                 spread([r["accuracy"] for r in found.values()]),
                 *differences,
                 spread([r["kl"] for r in found.values()], 2),
-                f"{_median([seconds(r) for r in found.values()]) / live_seconds:.2f}",
             )
         )
     return columns, rows
@@ -175,7 +157,6 @@ def targets(root: Path, seeds: Sequence[int], default: Method) -> list[tuple[str
     own = _mean_and_half(found)[0]
     above = [found[seed]["accuracy"] - live[seed]["accuracy"] for seed in found]
     within = [found[seed]["accuracy"] - dense[seed]["accuracy"] for seed in found]
-    cost = statistics.median(seconds(dense[seed]) / seconds(found[seed]) for seed in found)
     return [
         (
             "default, accuracy; above live sampled-token OPD's interval",
@@ -201,7 +182,6 @@ def targets(root: Path, seeds: Sequence[int], default: Method) -> list[tuple[str
             "not below 0",
             _met(statistics.fmean(within) > -half_width(within)),
         ),
-        ("seconds of live top-64 OPD / the default's", f"{cost:.1f}x", ">= 4x", _met(cost >= 4)),
     ]
 
 
@@ -221,7 +201,3 @@ def _by_seed(root: Path, method: Method, seeds: Sequence[int]) -> dict[int, Resu
         if path.exists():
             found[seed] = json.loads(path.read_text())
     return found
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else math.nan

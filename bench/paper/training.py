@@ -13,6 +13,7 @@ import opd_store
 from opd_store import MismatchError, OpdError, SamplerInfo
 from opd_train import (
     CacheStream,
+    CausalLM,
     DistillConfig,
     LiveSource,
     Stopwatch,
@@ -58,18 +59,7 @@ def run(root: Path, method: Method, seed: int) -> None:
     stopwatch = Stopwatch()
     refused = False
     if method.live:
-        sampler = SamplerInfo(
-            max_new_tokens=task.MAX_RESPONSE_TOKENS + 1, stop_token_ids=student.stop_token_ids, seed=seed
-        )
-        source: Any = LiveSource(
-            student,
-            world.model(method.teacher),
-            world.prompts("opd", student),
-            sampler,
-            batch_rollouts=BATCH,
-            topk=method.ranks,
-            stopwatch=stopwatch,
-        )
+        source: Any = live_source(world, method, student, stopwatch)
     else:
         uri, seconds = world.cache(method.student, method.teacher, method.sampler)
         cache = opd_store.open(uri)
@@ -101,7 +91,23 @@ def run(root: Path, method: Method, seed: int) -> None:
     _write(path, {"method": dataclasses.asdict(method)} | found)
 
 
-def _measured(world: World, lm: Any, teacher: str) -> dict[str, Any]:  # noqa: ANN401
+def live_source(world: World, method: Method, student: CausalLM, stopwatch: Stopwatch) -> LiveSource:
+    """Fresh rollouts and a teacher in memory."""
+    sampler = SamplerInfo(
+        max_new_tokens=task.MAX_RESPONSE_TOKENS + 1, stop_token_ids=student.stop_token_ids, seed=world.seed
+    )
+    return LiveSource(
+        student,
+        world.model(method.teacher),
+        world.prompts("opd", student),
+        sampler,
+        batch_rollouts=BATCH,
+        topk=method.ranks,
+        stopwatch=stopwatch,
+    )
+
+
+def _measured(world: World, lm: CausalLM, teacher: str) -> dict[str, Any]:
     prompts = world.prompts("test", lm)
     sampler = SamplerInfo(
         max_new_tokens=task.MAX_RESPONSE_TOKENS + 1, stop_token_ids=lm.stop_token_ids, seed=1

@@ -231,21 +231,21 @@ class CorrectionConfig:
         return self.staleness is not None
 
     @property
-    def unmodified(self) -> CorrectionConfig:
-        """The same kind and bounds without what else multiplies its weights."""
-        return replace(
-            self,
-            normalise=Normalise.NONE,
-            drift_gate=None,
-            staleness=None,
-            opsm_delta=None,
-            position_gain=0.0,
-        )
-
-    @property
     def pointwise(self) -> bool:
         """Whether a token's weight depends on that token alone: any slice may then be weighted by itself."""
-        return self.kind in _POINTWISE and self == self.unmodified
+        return self.kind in _POINTWISE and self == without_modifiers(self)
+
+
+def without_modifiers(config: CorrectionConfig) -> CorrectionConfig:
+    """The same kind and bounds without what else multiplies its weights."""
+    return replace(
+        config,
+        normalise=Normalise.NONE,
+        drift_gate=None,
+        staleness=None,
+        opsm_delta=None,
+        position_gain=0.0,
+    )
 
 
 def _check(name: str, value: float | None, *, least: float, most: float = math.inf) -> None:

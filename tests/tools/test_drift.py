@@ -138,10 +138,33 @@ def test_a_killed_run_ends_in_the_same_weights_and_rollouts(opd, work, own, whol
             ("--refresh-on-drift", "--lora-rank", 2, "--teacher", "t", "--prompts", "p"),
             "all of the student's",
         ),
+        (("--proximal-every", 2, "--correction", "cispo"), "--proximal-every has no effect with correction"),
+        (("--normalise", "tokens"), "--normalise has no effect with correction none"),
+        (("--shuffle", "global", "--window", 2), "--window has no effect with --shuffle global"),
+        (("--objective", "lightning", "--ranks", 2), "--ranks has no effect with objective lightning"),
+        (
+            ("--refresh-every", 1, "--objective", "random_sampling_kd", "--teacher", "t", "--prompts", "p"),
+            "scores no draws",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(opd, work, own, tmp_path, options, part):
     train(opd, own, work, tmp_path / "run", *options).refused(2, part)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--storage-option", "anon=true"), "--storage-option has no effect with --live"),
+        (("--cache-gib", 2), "--cache-gib has no effect with --live"),
+        (("--objective", "lightning", "--topk", 3), "--topk has no effect with objective lightning"),
+        (("--objective", "random_sampling_kd"), "--live draws no ids"),
+    ],
+)
+def test_options_that_do_not_go_with_live(opd, work, tmp_path, options, part):
+    args = ("train", "--live", "--student", work / "student", "--teacher", work / "teacher", "--steps", 1)
+    args += ("--prompts", work / "prompts.jsonl", "--out", tmp_path / "run")
+    opd(*args, *options).refused(2, part)
 
 
 def test_another_teacher_is_refused(opd, work, own, tmp_path):

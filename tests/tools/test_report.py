@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from opd_tools.training_report import PLOTS, page, read_run
@@ -105,6 +106,22 @@ def test_a_running_run_has_the_newest_checkpoint(tmp_path):
     (path / "step-00000010").mkdir()
     (path / "step-00000010" / "opd.json").write_text('{"config": {"lr": 7}}')
     assert read_run(path).provenance == {"config": {"lr": 7}}
+
+
+def test_a_checkpoint_may_go_while_it_is_read(tmp_path, monkeypatch):
+    path = written(tmp_path / "run", full_rows(), {"config": {"lr": 3}}, done=False)
+    newer = path / "step-00000010" / "opd.json"
+    newer.parent.mkdir()
+    newer.write_text('{"config": {"lr": 7}}')
+    read_text = Path.read_text
+
+    def removed(self, *args, **kwargs):
+        if self == newer:
+            newer.unlink(missing_ok=True)
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", removed)
+    assert read_run(path).provenance == {"config": {"lr": 3}}
 
 
 def test_nothing_from_a_file_reaches_the_page_unescaped(tmp_path):

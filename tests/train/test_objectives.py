@@ -232,6 +232,27 @@ def test_ppo_clips_around_the_proximal_policy(batch, student, hidden, lm_head):
     assert 0 < clipped.sum() < len(clipped)
 
 
+@pytest.mark.parametrize("objective", [Objective.LIGHTNING, Objective.FORWARD_KL])
+def test_weights_of_prefixes_and_positions(batch, student, hidden, lm_head, objective):
+    correction = CorrectionConfig(kind="prefix_is", cap=3.0, step_cap=1.5, position_gain=0.4)
+    found = distill_loss(config(objective, correction), hidden=hidden, lm_head=lm_head, batch=batch)
+    log_q = torch.log_softmax(student.logits(hidden).detach().double(), dim=-1)
+    sampled, mask = log_q.gather(-1, batch.target_ids[:, None])[:, 0], batch.loss_mask
+    log_rho = ((sampled - batch.behaviour_logprob) * mask).tolist()
+    gaps = ((batch.teacher_logprob - sampled).clamp(-CLIP, CLIP).abs() * mask).tolist()
+    weights, bounds = [], batch.cu_responses.tolist()
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        for at in range(first, last):
+            before = sum(min(step, np.log(1.5)) for step in log_rho[first:at])
+            # A loss over the distribution does not depend on the token drawn there.
+            own = 0.0 if objective.dense else log_rho[at]
+            share = sum(gaps[first:at]) / sum(gaps[first:last])
+            weights.append(min(np.exp(before + own), 3.0) * (1 + 0.4 * (1 - share)))
+    loss = reference_loss(config(objective, correction), batch, log_q) * torch.tensor(weights)
+    assert found.loss.item() == pytest.approx(loss[mask].sum().item(), rel=1e-5)
+    assert len({round(weight, 3) for weight in weights}) > 10
+
+
 def test_an_old_rollout_counts_less(batch, student, hidden, lm_head):
     stale = StalenessDecay(full_until=1, rate=0.5, drop_after=4)
     config = LossConfig(objective=Objective.FORWARD_KL, correction=CorrectionConfig(staleness=stale))
@@ -248,6 +269,10 @@ def test_an_old_rollout_counts_less(batch, student, hidden, lm_head):
 
 
 def test_the_monitors(batch, student, hidden):
+    behaviour = batch.behaviour_logprob.clone()
+    # A token without ratio is in no figure about ratios.
+    behaviour[torch.nonzero(batch.loss_mask)[:3, 0]] = torch.nan
+    batch = dataclasses.replace(batch, behaviour_logprob=behaviour)
     with torch.no_grad():
         result = distill_loss(
             config(Objective.FORWARD_KL, TIS), hidden=hidden, lm_head=student.logits, batch=batch
@@ -256,14 +281,14 @@ def test_the_monitors(batch, student, hidden):
     found = summarise(result.sums)
     mask = batch.loss_mask
     sampled = log_q.gather(-1, batch.target_ids[mask][:, None])[:, 0].numpy()
-    rho = np.exp(sampled - batch.behaviour_logprob[mask].double().numpy())
+    rho = np.exp(sampled - behaviour[mask].double().numpy())[3:]
     weight = np.minimum(rho, TIS.cap)
     gap = batch.teacher_logprob[mask].double().numpy() - sampled
     tail = batch.log_tail[mask].double()
     q = log_q.gather(-1, batch.topk_ids[mask].long()).exp()
     expected = {
         "loss": result.loss.item() / result.n_kept,
-        "dropped": 0.0,
+        "dropped": 3 / len(sampled),
         "weight_ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()),
         "k3": (rho - 1 - np.log(rho)).mean(),
         "clipped": (np.abs(gap) >= CLIP).mean(),

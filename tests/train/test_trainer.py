@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ from opd_train import (
     load_causal_lm,
 )
 from opd_train.checkpoint import read_state
+from opd_train.export import save_model
+from opd_train.models import read_provenance
 from opd_train.run_directory import latest_checkpoint
 from opd_train.trainer import learning_rate
 
@@ -460,6 +463,26 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(cache, models, tmp_path, monke
     assert_equal(resumed, uninterrupted[1])
 
 
+def test_a_model_that_cannot_be_put_in_place_leaves_the_one_there(models, tmp_path, monkeypatch):
+    lm, target = loaded(models["llama"]), tmp_path / "model"
+    save_model(lm, target, {"run": 1})
+    rename = Path.rename
+
+    def refused(self, other):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "no")
+        return rename(self, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(StorageError, match="cannot write"):
+            save_model(lm, target, {"run": 2})
+    assert read_provenance(target) == {"run": 1}
+    save_model(lm, target, {"run": 2})
+    assert read_provenance(target) == {"run": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_full_disk_as_tokenizers_reports_it(cache, models, tmp_path, monkeypatch):
     made = trainer(cache, models["llama"], out=tmp_path / "out")
 
@@ -494,6 +517,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(cache, 
         {"weight_decay": -0.1},
         {"warmup_steps": -1},
         {"save_every": -1},
+        {"seed": -1},
+        {"seed": 1 << 63},
     ],
     ids=str,
 )

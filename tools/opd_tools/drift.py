@@ -14,7 +14,7 @@ from opd_store import Cache, InvalidArgumentError, SamplerInfo
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, load_model, printable
 
 if TYPE_CHECKING:
-    from opd_train import CausalLM, LossConfig, Objective, Stopwatch
+    from opd_train import CausalLM, LossConfig, Stopwatch
     from opd_train.monitors import Alarm
     from opd_train.refresh import RefreshingSource
 
@@ -109,7 +109,7 @@ def refreshing_source(
     stopwatch: Stopwatch,
     options: dict[str, Any],
     *,
-    objective: Objective,
+    loss: LossConfig,
     ranks: int | None,
 ) -> RefreshingSource:
     """Batches of the cache, and then of what the student samples."""
@@ -120,8 +120,12 @@ def refreshing_source(
         raise InvalidArgumentError("--refresh-every and --refresh-on-drift need --teacher and --prompts")
     if options["world"].size > 1 or options["lora_rank"] is not None:
         raise InvalidArgumentError("--refresh-* samples from all of the student's weights in one process")
-    if objective.needs_draws:
-        raise InvalidArgumentError(f"--refresh-* scores no draws, which objective {objective.value!r} needs")
+    if loss.objective.needs_draws:
+        raise InvalidArgumentError(
+            f"--refresh-* scores no draws, which objective {loss.objective.value!r} needs; leave it out"
+        )
+    if loss.chosen_ids:
+        raise InvalidArgumentError("--refresh-* scores no chosen ids; leave out one of the two")
     known = cache.meta.sampler or SamplerInfo()
     is_given = click.get_current_context().get_parameter_source("max_new_tokens")
     given = is_given is not None and is_given.name == "COMMANDLINE"

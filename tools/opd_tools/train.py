@@ -25,7 +25,7 @@ from opd_tools.drift import (
 from opd_tools.loss_options import loss_options, read_loss
 
 if TYPE_CHECKING:
-    from opd_train import CausalLM, Stopwatch
+    from opd_train import CausalLM, LossConfig, Stopwatch
     from opd_train.config import LoraConfig
     from opd_train.trainer import BatchSource
 
@@ -229,15 +229,35 @@ def _lora(options: dict[str, Any]) -> LoraConfig | None:
     return LoraConfig(rank=rank, alpha=options["lora_alpha"] or 2 * rank, targets=targets)
 
 
-_OFFLINE_ONLY = ("ranks", "workers", "shuffle", "window", "too_long")
+_OFFLINE_ONLY = (
+    *("ranks", "workers", "shuffle", "window", "too_long"),
+    *("storage_options", "cache_dir", "cache_gib"),
+)
 _LIVE_ONLY = (*NEEDED, "topk")
 
 
 def _refuse_options(names: tuple[str, ...], mode: str) -> None:
     context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise InvalidArgumentError(f"--{name.replace('_', '-')} has no effect with {mode}; leave it out")
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if option.name in names and given:
+            raise InvalidArgumentError(f"{option.opts[0]} has no effect with {mode}; leave it out")
+
+
+def _refuse_idle_options(options: dict[str, Any], loss: LossConfig) -> None:
+    """Refuse what this loss and this order do not read."""
+    if not loss.objective.needs_topk or loss.chosen_ids:
+        # 0 has an effect: it chooses the objective.
+        for name in ("ranks", "topk"):
+            if options[name]:
+                _refuse_options((name,), f"objective {loss.objective.value}, which compares on no top-k")
+    kind = loss.correction.kind.value
+    if kind != "ppo":
+        _refuse_options(("proximal_every",), f"correction {kind}")
+    if kind == "none":
+        _refuse_options(("normalise",), "correction none")
+    if options["shuffle"] != "block":
+        _refuse_options(("window",), f"--shuffle {options['shuffle']}")
 
 
 def progress_line(metrics: dict[str, float]) -> str:
@@ -258,7 +278,9 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
     cache = opd_store.open(uri, **options["access"])
     topk = cache.topk if options["ranks"] is None else options["ranks"]
     fields = {"loss": read_loss(options, topk=topk, chosen=cache.schema.chosen)}
-    teacher_used = fields["loss"].objective is not Objective.CROSS_ENTROPY
+    _refuse_idle_options(options, fields["loss"])
+    distilled = fields["loss"].objective is not Objective.CROSS_ENTROPY
+    teacher_used = distilled or fields["loss"].correction.needs_advantage
     allow, allow_start = split_allowed(options["allow_mismatch"])
     allowed = check_cache(cache.meta, lm, allow=allow, teacher_used=teacher_used)
     if fields["loss"].correction.needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
@@ -278,30 +300,31 @@ def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[
         speak=options["world"].first,
     )
     ranks = options["ranks"] if needs_topk else 0
-    source: BatchSource = CacheStream(
-        cache,
-        batch_tokens=options["batch_tokens"],
-        batch_rollouts=options["batch_rollouts"],
-        seed=options["seed"],
-        rank=options["world"].rank,
-        world_size=options["world"].size,
-        ranks=ranks,
-        epochs=None,
-        device=lm.device,
-        vocab_size=lm.vocab_size,
-        context=lm.context,
-        workers=options["workers"],
-        shuffle=options["shuffle"],
-        window=options["window"],
-        too_long=options["too_long"],
-        draws=fields["loss"].objective.needs_draws,
-        chosen=fields["loss"].chosen_ids,
-    )
+    source: BatchSource
     if is_refreshing(options):
-        objective = fields["loss"].objective
-        source = refreshing_source(cache, lm, stopwatch, options, objective=objective, ranks=ranks)
+        source = refreshing_source(cache, lm, stopwatch, options, loss=fields["loss"], ranks=ranks)
+    else:
+        source = CacheStream(
+            cache,
+            batch_tokens=options["batch_tokens"],
+            batch_rollouts=options["batch_rollouts"],
+            seed=options["seed"],
+            rank=options["world"].rank,
+            world_size=options["world"].size,
+            ranks=ranks,
+            epochs=None,
+            device=lm.device,
+            vocab_size=lm.vocab_size,
+            context=lm.context,
+            workers=options["workers"],
+            shuffle=options["shuffle"],
+            window=options["window"],
+            too_long=options["too_long"],
+            draws=fields["loss"].objective.needs_draws,
+            chosen=fields["loss"].chosen_ids,
+        )
     teacher = cache.meta.sft_teacher
-    if not teacher_used:
+    if not distilled:
         teacher = cache.meta.behaviour
     provenance = {
         "cache": cache.digest,
@@ -329,6 +352,11 @@ def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str
         raise InvalidArgumentError("--live needs --teacher and --prompts")
     teacher = load_model(options["teacher"], dtype="float32", device=str(lm.device))
     fields = {"loss": read_loss(options, topk=min(options["topk"], teacher.vocab_size))}
+    _refuse_idle_options(options, fields["loss"])
+    if fields["loss"].objective.needs_draws:
+        raise InvalidArgumentError(
+            "--live draws no ids, which objective 'random_sampling_kd' needs; give a CACHE"
+        )
     described = CacheMeta(
         vocab_size=teacher.vocab_size,
         tokenizer_fingerprint=teacher.tokenizer_fingerprint,

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from opd_store import FormatError, InvalidArgumentError
+from opd_store import FormatError, InvalidArgumentError, StorageError
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -73,6 +73,7 @@ def read_run(directory: Path) -> Run:
     Raises:
         InvalidArgumentError: no such run.
         FormatError: a file that is not what it should be.
+        StorageError: a file that cannot be read.
     """
     path = directory / METRICS_FILE
     if not path.is_file():
@@ -90,22 +91,37 @@ def read_run(directory: Path) -> Run:
     if not rows:
         raise InvalidArgumentError(f"{path}: no step was made yet")
     final = directory / "final" / PROVENANCE_FILE
-    found = [final] if final.is_file() else sorted(directory.glob(f"step-*/{PROVENANCE_FILE}"))[-1:]
-    provenance: Any = {}
-    if found:
-        try:
-            provenance = json.loads(_read(found[0]))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{found[0]}: not JSON") from error
-        if not isinstance(provenance, dict):
-            raise FormatError(f"{found[0]}: expected an object")
+    provenance: dict[str, Any] = {}
+    for path in (final, *sorted(directory.glob(f"step-*/{PROVENANCE_FILE}"), reverse=True)):
+        # A run that goes on may have removed it meanwhile.
+        if path.is_file() and (provenance := _provenance(path)):
+            break
     return Run(directory.resolve().name, rows, provenance, final.is_file())
 
 
+def _provenance(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read(path))
+    except StorageError:
+        if path.exists():
+            raise
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected an object")
+    return found
+
+
 def _read(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-    return path.read_text("utf-8", errors="replace")
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise FormatError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+        return path.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot read: {error.strerror or error}", errno=error.errno, filename=str(path)
+        ) from error
 
 
 def page(run: Run) -> str:

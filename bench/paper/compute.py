@@ -1,0 +1,60 @@
+"""Seconds of live and offline distillation, one after the other in one process."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+import opd_store
+from opd_train import CacheStream, DistillConfig, Stopwatch, Trainer
+from paper.methods import BATCH, LR, STEPS, Method
+from paper.training import live_source
+from paper.world import World
+
+ACTIVITIES = ("sampling", "teacher", "student", "data")
+
+
+def rounds(
+    root: Path, live: Method, offline: Method, n: int
+) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Seconds by activity of both, in turn; offline from nothing, the cache included."""
+    torch.set_num_threads(1)
+    return [(_seconds(root, live), _seconds(root, offline)) for _ in range(n)]
+
+
+def _seconds(root: Path, method: Method) -> dict[str, float]:
+    stopwatch = Stopwatch()
+    with tempfile.TemporaryDirectory() as directory:
+        world = World(Path(directory), 0)
+        for name in (method.student, method.teacher):
+            shutil.copytree(root / "seed-0" / name, world.path / name)
+        shutil.copy(root / "seed-0" / "opd.jsonl", world.path)
+        student = world.model(method.student)
+        if method.live:
+            source = live_source(world, method, student, stopwatch)
+        else:
+            uri, seconds = world.cache(method.student, method.teacher, method.sampler)
+            stopwatch.seconds.update(seconds)
+            cache = opd_store.open(uri)
+            source = CacheStream(cache, batch_rollouts=BATCH, seed=0, ranks=method.ranks, epochs=None)
+        config = DistillConfig(loss=method.loss, steps=STEPS, lr=LR, weight_decay=0.0)
+        Trainer(student, source, config, stopwatch=stopwatch).run()
+    return {name: stopwatch.seconds.get(name, 0.0) for name in ACTIVITIES}
+
+
+def compute_table(
+    root: Path, live: Method, offline: Method, n: int = 3
+) -> tuple[tuple[str, ...], list[tuple[str, ...]], float]:
+    """Columns and rows of seconds, medians of rounds, and the median ratio of live to offline."""
+    torch.set_num_threads(1)
+    found = [(_seconds(root, live), _seconds(root, offline)) for _ in range(n)]
+    rows = []
+    for name, place in ((live.name, 0), (f"offline: {offline.name}", 1)):
+        medians = [statistics.median(pair[place][activity] for pair in found) for activity in ACTIVITIES]
+        rows.append((name, *(f"{value:.1f}" for value in medians), f"{sum(medians):.1f}"))
+    ratio = statistics.median(sum(a.values()) / sum(b.values()) for a, b in found)
+    return ("seconds", *ACTIVITIES, "all"), rows, ratio
