@@ -25,6 +25,7 @@ from opd_train.distributed import World, join_world
 from opd_train.drawing import Draws
 from opd_train.evaluation import Estimate, accuracy, cache_divergence, sequence_kl
 from opd_train.export import save_model
+from opd_train.forward import response_hidden
 from opd_train.head import FusedLoss, HeadWeights, VocabShard, fused_loss, topk_logprobs
 from opd_train.identity import check_cache, find_doubts, resolve_objective
 from opd_train.live import LiveSource
@@ -128,6 +129,7 @@ __all__ = [
     "renormalised_forward_kl",
     "renormalised_reverse_kl",
     "resolve_objective",
+    "response_hidden",
     "roll_out",
     "rollout_ratios",
     "sample_rollouts",

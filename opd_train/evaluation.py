@@ -47,6 +47,8 @@ def proportion(successes: int, n: int) -> Estimate:
 def mean_estimate(values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> Estimate:
     """A mean with its normal 95 % interval; independent values assumed."""
     array = np.asarray(values, np.float64)
+    if not len(array):
+        raise InvalidArgumentError("mean_estimate: nothing was counted")
     half = 1.959964 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.inf
     return Estimate(float(array.mean()), float(array.mean() - half), float(array.mean() + half), len(array))
 

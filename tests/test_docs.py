@@ -29,19 +29,27 @@ def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str
     )
 
 
-def test_console_block_runs(tmp_path):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+@pytest.fixture(scope="module")
+def first_result(tmp_path_factory):
+    """The directory after the README's console block, and what `opd inspect` printed."""
+    directory = tmp_path_factory.mktemp("readme")
+    (directory / "examples").symlink_to(ROOT / "examples")
     opd = [sys.executable, "-c", "from opd_tools.main import main; main()"]
     lines = [line for block in _blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(lines) >= 5
     for line in lines:
         program, *arguments = shlex.split(line.removeprefix("$ "))
         assert program in ("python", "opd")
-        done = _run([*(opd if program == "opd" else [sys.executable]), *arguments], tmp_path)
+        done = _run([*(opd if program == "opd" else [sys.executable]), *arguments], directory)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         if "inspect" in arguments:
             shown = done.stdout
-    assert _names(shown) == _names(next(block for block in _blocks("text") if "bytes per position" in block))
+    return directory, shown
+
+
+def test_console_block_runs(first_result):
+    wanted = next(block for block in _blocks("text") if "bytes per position" in block)
+    assert _names(first_result[1]) == _names(wanted)
 
 
 def test_the_console_block_about_drift_runs(tmp_path):
@@ -62,11 +70,11 @@ def _names(inspected: str) -> list[str]:
     return [line[:22].strip() for line in inspected.splitlines()]
 
 
-def test_python_blocks_run(tmp_path):
+def test_python_blocks_run(first_result):
     blocks = _blocks("python")
     assert blocks
     for block in blocks:
-        done = _run([sys.executable, "-W", "error", "-c", block], tmp_path)
+        done = _run([sys.executable, "-W", "error", "-c", block], first_result[0])
         assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 

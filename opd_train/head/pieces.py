@@ -7,7 +7,6 @@ and columns of one piece of logits.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +27,10 @@ def _triton_backend(device_type: str) -> ModuleType | None:
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     try:
-        return importlib.import_module("opd_train.head.triton_backend")
+        from opd_train.head import triton_backend
     except ImportError:
         return None
+    return triton_backend
 
 
 @dataclass(frozen=True, eq=False)

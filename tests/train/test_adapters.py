@@ -44,6 +44,7 @@ from opd_train import (
 from opd_train.adapters.hf import CacheCollator, CacheDataset, DistillTrainer, require_whole_weights
 from opd_train.adapters.neutral import from_padded, to_padded
 from opd_train.batch_loss import distill_loss
+from opd_train.corrections import StalenessDecay
 from opd_train.drawing import Draws
 from opd_train.forward import response_hidden
 
@@ -437,6 +438,19 @@ def test_a_student_with_more_logits_than_the_teacher(cache, tmp_path):
     trainer.train()
     expected, _ = reference_run(cache, student, loss, [rows for rows, _ in trainer.seen])
     assert_close(weights(trainer.model), expected)
+
+
+def test_a_rollouts_age_is_counted_from_the_step(cache, models, tmp_path):
+    stale = CorrectionConfig(staleness=StalenessDecay(rate=0.3, drop_after=4))
+    loss = LossConfig(objective=Objective.FORWARD_KL, correction=stale)
+    trainer = hf_trainer(cache, models["llama"], tmp_path, loss=loss)
+    fields = CacheCollator(cache)(items(cache, ROWS))
+    trainer.state.global_step = 5
+    # One too old, and one of a policy that is yet to come.
+    found = trainer.compute_loss(trainer.model, fields | {"policy_version": torch.tensor([0, 2, 4, 5, 9])})
+    lm, batch, age = loaded(models["llama"]), from_padded(fields), torch.tensor([5, 3, 1, 0, 0])
+    result = distill_loss(loss, hidden=response_hidden(lm, batch), lm_head=lm.logits, batch=batch, age=age)
+    assert found.item() == pytest.approx(result.loss.item() / result.n_kept, rel=1e-5)
 
 
 def test_rows_of_another_cache_are_noticed(cache, counting, models, tmp_path):

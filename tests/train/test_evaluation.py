@@ -121,6 +121,11 @@ def test_one_value_has_no_interval():
     assert json.loads(json.dumps(found.n)) == 1
 
 
+def test_no_value_has_no_mean(student, teacher):
+    with pytest.raises(InvalidArgumentError, match="nothing was counted"):
+        sequence_kl(student, teacher, [])
+
+
 def test_accuracy_counts():
     rollouts = random_rollouts(8)
     assert accuracy(rollouts, lambda rollout: rollout.sample_id in ("r1", "r5")).mean == 0.25

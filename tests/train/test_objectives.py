@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_weights_of_prefixes_and_positions(batch, student, hidden, lm_head, obje
     log_rho = ((sampled - batch.behaviour_logprob) * mask).tolist()
     gaps = ((batch.teacher_logprob - sampled).clamp(-CLIP, CLIP).abs() * mask).tolist()
     weights, bounds = [], batch.cu_responses.tolist()
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         for at in range(first, last):
             before = sum(min(step, np.log(1.5)) for step in log_rho[first:at])
             # A loss over the distribution does not depend on the token drawn there.
