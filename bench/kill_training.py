@@ -3,7 +3,7 @@
     python bench/kill_training.py [CACHE STUDENT] [--steps 40] [--kills 20] [--seed 0]
 
 Without a cache, the README's tiny models make one. A kill comes up to 20 ms after a step that is drawn at
-random, so anywhere in the steps and checkpoints that follow. At the end the weights, metrics and last checkpoint
+random, so anywhere in the steps and checkpoints that follow. At the end weights, metrics and last checkpoint
 have to be those of a run that nothing interrupted, bit for bit; otherwise this fails.
 """
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_train import Shuffle
-from opd_train.plan import Planner, Rollouts
+from opd_train.data.plan import Planner, Rollouts
 
 WINDOWS = (1, 8, 32, 128)
 BATCH_TOKENS = 16_384

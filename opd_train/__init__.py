@@ -1,10 +1,11 @@
 """Everything that needs torch: sampling, scoring, streaming, corrections, losses, the trainer."""
 
 from opd_store import teacher_consistency
-from opd_train.assemble import BatchAssembler
-from opd_train.batch_loss import BatchLoss, distill_loss
-from opd_train.batches import TeacherBatch, TeacherTargets, collate
-from opd_train.config import DistillConfig, LoraConfig
+from opd_train.capture.drawing import Draws
+from opd_train.capture.pipeline import roll_out, score_cache
+from opd_train.capture.prompts import read_prompts, read_rollouts
+from opd_train.capture.sampling import Prompt, sample_rollouts
+from opd_train.capture.scoring import score_rollouts
 from opd_train.corrections import (
     UNCAPPED,
     AdvantageAnchor,
@@ -21,15 +22,16 @@ from opd_train.corrections import (
     martingale_test,
     rollout_ratios,
 )
-from opd_train.distributed import World, join_world
-from opd_train.drawing import Draws
+from opd_train.data.assemble import BatchAssembler
+from opd_train.data.batches import TeacherBatch, TeacherTargets, collate
+from opd_train.data.loader import CacheLoader, WorkerError
+from opd_train.data.order import Shuffle
+from opd_train.data.pages import PageDecoder, TopK
+from opd_train.data.selection import TooLong
+from opd_train.data.stream import CacheStream
+from opd_train.data.transfer import DeviceFeed
 from opd_train.evaluation import Estimate, accuracy, cache_divergence, sequence_kl
-from opd_train.export import save_model
-from opd_train.forward import response_hidden
 from opd_train.head import FusedLoss, HeadWeights, VocabShard, fused_loss, topk_logprobs
-from opd_train.identity import check_cache, find_doubts, resolve_objective
-from opd_train.live import LiveSource
-from opd_train.loader import CacheLoader, WorkerError
 from opd_train.losses import (
     huber_logprob_loss,
     mix_cross_entropy,
@@ -44,22 +46,20 @@ from opd_train.losses import (
     truncated_forward_kl,
 )
 from opd_train.models import CausalLM, load_causal_lm, weights_digest
-from opd_train.monitors import Alarm, AlarmKind, DriftConfig, DriftMonitor
-from opd_train.objectives import LossConfig, Objective
-from opd_train.order import Shuffle
-from opd_train.pages import PageDecoder, TopK
-from opd_train.pipeline import roll_out, score_cache
-from opd_train.prompts import read_prompts, read_rollouts
-from opd_train.refresh import RefreshConfig, RefreshingSource, StreamConfig
-from opd_train.sampling import Prompt, sample_rollouts
-from opd_train.scoring import score_rollouts
-from opd_train.selection import TooLong
-from opd_train.start import StartReport, check_start
-from opd_train.step_metrics import summarise
-from opd_train.stopwatch import Stopwatch
-from opd_train.stream import CacheStream
-from opd_train.trainer import Trainer
-from opd_train.transfer import DeviceFeed
+from opd_train.objective.batch_loss import BatchLoss, distill_loss
+from opd_train.objective.loss_config import LossConfig, Objective
+from opd_train.objective.step_metrics import summarise
+from opd_train.training.config import DistillConfig, LoraConfig
+from opd_train.training.distributed import World, join_world
+from opd_train.training.export import save_model
+from opd_train.training.forward import response_hidden
+from opd_train.training.identity import check_cache, find_doubts, resolve_objective
+from opd_train.training.live import LiveSource
+from opd_train.training.monitors import Alarm, AlarmKind, DriftConfig, DriftMonitor
+from opd_train.training.refresh import RefreshConfig, RefreshingSource, StreamConfig
+from opd_train.training.start import StartReport, check_start
+from opd_train.training.stopwatch import Stopwatch
+from opd_train.training.trainer import Trainer
 
 __all__ = [
     "UNCAPPED",

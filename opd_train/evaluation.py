@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from opd_store import Cache, InvalidArgumentError, InvalidRolloutError, MismatchError, Rollout
-from opd_train.batches import collate
-from opd_train.forward import response_hidden
+from opd_train.capture.scoring import plan_batches
+from opd_train.data.batches import collate
 from opd_train.head import topk_logprobs
 from opd_train.losses import topk_forward_kl, topk_reverse_kl
 from opd_train.models import CausalLM
-from opd_train.scoring import plan_batches
+from opd_train.training.forward import response_hidden
 
 
 @dataclass(frozen=True, slots=True)

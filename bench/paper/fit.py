@@ -17,8 +17,8 @@ import torch
 from opd_train import CausalLM
 from paper.addition import models
 
-LR, BATCH, EVERY, COOLDOWN, MOST = 4e-3, 128, 10, 40, 900
-TOLERANCE, TRIES = 0.06, 7
+LR, BATCH, EVERY, COOLDOWN, MOST = 4e-3, 128, 10, 40, 2500
+TOLERANCE, TRIES, NEIGHBOURS = 0.06, 7, 16
 
 
 class Fit:
@@ -43,20 +43,32 @@ class Fit:
             states.append(self._state())
             if len(states) > 10:
                 found = accuracy()
-        low, high, best = 0, len(states) - 1, (2.0, 0, states[0])
+        low, high, tried = 0, len(states) - 1, {}
         for _ in range(TRIES):
             middle = (low + high) // 2
-            self._restore(states[middle])
-            for step in range(COOLDOWN):
-                self._step(middle * EVERY + step, 1 - step / COOLDOWN)
-            found = accuracy()
-            best = min(best, (abs(found - target), middle, self._state()), key=lambda entry: entry[0])
-            if best[0] <= TOLERANCE or middle in (low, high):
+            if middle in tried:
                 break
-            low, high = (middle, high) if found < target else (low, middle)
-        self._restore(best[2])
+            tried[middle] = self._ended(states[middle], middle, accuracy)
+            low, high = (middle, high) if tried[middle][0] < target else (low, middle)
+        # Accuracy does not rise with every step: look around where bisection ended.
+        for place in sorted(range(1, len(states)), key=lambda place: abs(place - middle))[:NEIGHBOURS]:
+            if min(abs(entry[0] - target) for entry in tried.values()) <= TOLERANCE:
+                break
+            if place not in tried:
+                tried[place] = self._ended(states[place], place, accuracy)
+        best = min(tried, key=lambda place: abs(tried[place][0] - target))
+        self._restore(tried[best][1])
         self._lm.model.eval()
-        return best[1] * EVERY + COOLDOWN
+        return best * EVERY + COOLDOWN
+
+    def _ended(
+        self, state: tuple[Any, Any], place: int, accuracy: Callable[[], float]
+    ) -> tuple[float, tuple[Any, Any]]:
+        """Accuracy and state after the rate has fallen to zero from a kept state on."""
+        self._restore(state)
+        for step in range(COOLDOWN):
+            self._step(place * EVERY + step, 1 - step / COOLDOWN)
+        return accuracy(), self._state()
 
     def _step(self, number: int, share: float) -> None:
         model = self._lm.model

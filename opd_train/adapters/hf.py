@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from opd_store import InvalidArgumentError, InvalidRolloutError, MismatchError, OpdError
 from opd_train.adapters.neutral import CacheCollator, CacheDataset, from_padded
-from opd_train.batch_loss import BatchLoss, distill_loss
-from opd_train.batches import TeacherBatch
-from opd_train.forward import response_hidden
-from opd_train.identity import check_cache, find_doubts, resolve_objective
+from opd_train.data.batches import TeacherBatch
 from opd_train.models import PROVENANCE_FILE, CausalLM, read_provenance
-from opd_train.objectives import LossConfig, Objective
-from opd_train.step_metrics import summarise
+from opd_train.objective.batch_loss import BatchLoss, distill_loss
+from opd_train.objective.loss_config import LossConfig, Objective
+from opd_train.objective.step_metrics import summarise
+from opd_train.training.forward import response_hidden
+from opd_train.training.identity import check_cache, find_doubts, resolve_objective
 
 __all__ = ["CacheCollator", "CacheDataset", "DistillLossMixin", "DistillTrainer"]
 
@@ -67,7 +67,7 @@ class DistillLossMixin:
             trainer_args, trainer_options: go on to the trainer.
             loss: None means forward KL where the cache has top-k, else the sampled token with truncated
                 weights.
-            allow_mismatch: fields of `opd_train.identity.FIELDS` to ignore.
+            allow_mismatch: fields of `opd_train.training.identity.FIELDS` to ignore.
             head_chunk: positions whose logits exist at a time.
 
         Raises:

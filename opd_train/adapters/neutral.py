@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from opd_store import Cache, InvalidArgumentError, MismatchError
-from opd_train.assemble import BatchAssembler
-from opd_train.batches import TeacherBatch
+from opd_train.data.assemble import BatchAssembler
+from opd_train.data.batches import TeacherBatch
 
 IGNORED = -100
 """What `labels` holds where a token is not in the loss."""

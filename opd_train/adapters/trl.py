@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from opd_store import Cache, InvalidArgumentError
 from opd_train.adapters.hf import DistillLossMixin
 from opd_train.adapters.neutral import CacheCollator, CacheDataset, cache_key, checked_rows
-from opd_train.batches import TeacherBatch
+from opd_train.data.batches import TeacherBatch
 from opd_train.models import CausalLM
 
 __all__ = [

@@ -13,7 +13,7 @@ from train.tiny_models import loaded, meta_of
 import opd_store
 from opd_store import SamplerInfo
 from opd_train import read_prompts, roll_out, sample_rollouts, score_cache, score_rollouts
-from opd_train.scoring import with_teacher
+from opd_train.capture.scoring import with_teacher
 
 
 @pytest.fixture(scope="module")

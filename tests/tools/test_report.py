@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from opd_tools.training_report import PLOTS, page, read_run
 
-from opd_train.monitors import DriftConfig
+from opd_train.training.monitors import DriftConfig
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m\u202e</td><img src=x onerror=y>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

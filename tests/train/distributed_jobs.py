@@ -19,8 +19,8 @@ from train.training import CONFIG, Stop, run, trainer
 import opd_store
 from opd_store import OpdError
 from opd_train import CacheStream, DistillConfig, LossConfig, Objective, Trainer, load_causal_lm
-from opd_train.config import LoraConfig
-from opd_train.distributed import join_world
+from opd_train.training.config import LoraConfig
+from opd_train.training.distributed import join_world
 
 SCENARIOS = {
     "llama": {},
@@ -123,7 +123,7 @@ def main(root):
         # One rank's disk is full.
         try:
             if world.rank == 1:
-                import opd_train.checkpoint as module
+                import opd_train.training.checkpoint as module
 
                 def full(*_):
                     raise OSError(28, "No space left on device")

@@ -26,7 +26,7 @@ from opd_train import (
     load_causal_lm,
     score_rollouts,
 )
-from opd_train.scoring import with_teacher
+from opd_train.capture.scoring import with_teacher
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
 STEPS = 20

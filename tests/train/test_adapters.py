@@ -43,10 +43,10 @@ from opd_train import (
 )
 from opd_train.adapters.hf import CacheCollator, CacheDataset, DistillTrainer, require_whole_weights
 from opd_train.adapters.neutral import from_padded, to_padded
-from opd_train.batch_loss import distill_loss
+from opd_train.capture.drawing import Draws
 from opd_train.corrections import StalenessDecay
-from opd_train.drawing import Draws
-from opd_train.forward import response_hidden
+from opd_train.objective.batch_loss import distill_loss
+from opd_train.training.forward import response_hidden
 
 TIS = CorrectionConfig(kind="token_tis", cap=2.0)
 LOSSES = {

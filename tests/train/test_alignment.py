@@ -15,11 +15,11 @@ from train.tiny_models import CONTEXT, VOCAB, loaded, meta_of, random_rollouts, 
 import opd_store
 from opd_store import Rollout, SamplerInfo
 from opd_train import CacheStream, Objective, Prompt, cache_divergence, sample_rollouts, score_cache
-from opd_train.batch_loss import distill_loss
-from opd_train.drawing import Draws
-from opd_train.forward import response_hidden
-from opd_train.objectives import LossConfig
-from opd_train.step_metrics import summarise
+from opd_train.capture.drawing import Draws
+from opd_train.objective.batch_loss import distill_loss
+from opd_train.objective.loss_config import LossConfig
+from opd_train.objective.step_metrics import summarise
+from opd_train.training.forward import response_hidden
 
 OBJECTIVES = list(Objective)
 # What is bounded, or sees no more than proportions among three ids, cannot cost tens of nats.

@@ -11,7 +11,7 @@ from train.tiny_models import VOCAB, random_rollouts, scored_cache
 
 from opd_store import NO_ID, InvalidRolloutError, Rollout
 from opd_train import BatchAssembler, TeacherTargets, collate
-from opd_train.forward import response_hidden
+from opd_train.training.forward import response_hidden
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from train.training import TIMINGS, Stop, make_cache, metrics_of, run, trainer
 
 import opd_store
 from opd_store import InvalidArgumentError
-from opd_train.distributed import World, join_world
+from opd_train.training.distributed import World, join_world
 
 TESTS = Path(__file__).parents[1]
 LOSS_TOLERANCE = 1e-5

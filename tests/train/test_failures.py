@@ -17,8 +17,8 @@ from train.training import CONFIG, Stop, assert_equal, make_cache, run, trainer,
 
 from opd_store import FormatError, InvalidArgumentError, MismatchError, OpdError
 from opd_train import CacheStream
-from opd_train.batch_loss import distill_loss
-from opd_train.forward import response_hidden
+from opd_train.objective.batch_loss import distill_loss
+from opd_train.training.forward import response_hidden
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_out_of_memory_says_which_settings_help(cache, models, tmp_path, monkeyp
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand much more")
 
-    monkeypatch.setattr("opd_train.trainer.distill_loss", full)
+    monkeypatch.setattr("opd_train.training.trainer.distill_loss", full)
     with pytest.raises(OpdError, match="step 1: out of memory") as caught:
         run(cache, models["llama"], out=tmp_path / "out")
     for part in ("head_chunk (is 7", "batch_tokens (is 60", "accumulate (is 2", "off, turn it on", "2 GiB"):
@@ -145,8 +145,8 @@ def test_settings_that_only_trade_time_for_memory_may_change(cache, models, tmp_
 HOLD = """
 import sys, time
 from pathlib import Path
-from opd_train.distributed import World
-from opd_train.run_directory import locked
+from opd_train.training.distributed import World
+from opd_train.training.run_directory import locked
 with locked(Path(sys.argv[1]), World()):
     print("held", flush=True)
     time.sleep(600)
@@ -176,7 +176,7 @@ def test_two_runs_in_one_directory(cache, models, tmp_path):
 def test_a_file_system_without_locks(cache, models, tmp_path, monkeypatch):
     import errno
 
-    import opd_train.run_directory as module
+    import opd_train.training.run_directory as module
 
     def none(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -246,7 +246,7 @@ def test_waiting_for_data_is_measured(cache, models):
 
 
 def test_proximal_log_probs_are_those_at_the_start_of_a_block(cache, models, tmp_path, monkeypatch):
-    import opd_train.trainer as module
+    import opd_train.training.trainer as module
 
     seen = []
 

@@ -17,7 +17,7 @@ from opd_train import (
     resolve_objective,
     teacher_consistency,
 )
-from opd_train.identity import FIELDS
+from opd_train.training.identity import FIELDS
 
 OTHER = "sha256:" + "9" * 64
 WRONG = {

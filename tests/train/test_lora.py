@@ -13,7 +13,7 @@ from train.training import CONFIG, Stop, assert_equal, make_cache, trainer, weig
 
 from opd_store import InvalidArgumentError, MismatchError
 from opd_train import load_causal_lm
-from opd_train.config import LoraConfig
+from opd_train.training.config import LoraConfig
 
 LORA = LoraConfig(rank=3, alpha=6)
 WITH_LORA = dataclasses.replace(CONFIG, lora=LORA, lr=1e-2)

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from opd_store import InvalidArgumentError
-from opd_train.monitors import Alarm, AlarmKind, DriftConfig, DriftMonitor
+from opd_train.training.monitors import Alarm, AlarmKind, DriftConfig, DriftMonitor
 
 GOOD = {
     "ess": 0.95,

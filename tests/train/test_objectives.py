@@ -13,13 +13,13 @@ from train.tiny_models import VOCAB, loaded, random_rollouts, scored_cache
 
 from opd_store import InvalidArgumentError
 from opd_train import CorrectionConfig, CorrectionKind, Objective, collate
-from opd_train.batch_loss import distill_loss
-from opd_train.batches import TeacherTargets
 from opd_train.corrections import DriftGate, StalenessDecay
-from opd_train.forward import response_hidden
+from opd_train.data.batches import TeacherTargets
 from opd_train.head import HeadWeights, topk_logprobs
-from opd_train.objectives import LossConfig
-from opd_train.step_metrics import summarise
+from opd_train.objective.batch_loss import distill_loss
+from opd_train.objective.loss_config import LossConfig
+from opd_train.objective.step_metrics import summarise
+from opd_train.training.forward import response_hidden
 
 NONE = CorrectionConfig()
 TIS = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS, cap=1.5)

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from store.caches import run_python
 
-from opd_train.order import Shuffle, epoch_order, epoch_share
-from opd_train.plan import Planner, Rollouts, plan_batches
+from opd_train.data.order import Shuffle, epoch_order, epoch_share
+from opd_train.data.plan import Planner, Rollouts, plan_batches
 
 DIGEST = "sha256:" + "ab" * 32
 SIZES = (1, 2, 3, 4, 8)

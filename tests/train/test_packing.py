@@ -9,7 +9,7 @@ from train.tiny_models import VOCAB
 
 from opd_store.testing import random_rollout
 from opd_train import collate
-from opd_train.forward import length_groups, packed_hidden, padded_hidden, response_hidden
+from opd_train.training.forward import length_groups, packed_hidden, padded_hidden, response_hidden
 
 
 def test_groups_hold_each_row_once_and_no_row_below_half_of_the_longest():

@@ -20,8 +20,8 @@ from train.tiny_models import (
 import opd_store
 from opd_store import CacheExistsError, InvalidArgumentError, MismatchError, SamplerInfo
 from opd_train import Prompt, load_causal_lm, roll_out, score_cache, score_rollouts
-from opd_train import pipeline as module
-from opd_train.drawing import Draws
+from opd_train.capture import pipeline as module
+from opd_train.capture.drawing import Draws
 
 SAMPLER = SamplerInfo(temperature=0.7, top_p=0.9, max_new_tokens=5, seed=3)
 PROMPTS = [Prompt(ids=np.array([7 + i, 9], np.uint32), sample_id=f"p{i}", label=str(i)) for i in range(7)]

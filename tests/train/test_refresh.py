@@ -22,8 +22,8 @@ from opd_train import (
     Trainer,
     load_causal_lm,
 )
-from opd_train.monitors import DriftConfig
-from opd_train.refresh import RefreshConfig, RefreshingSource, StreamConfig
+from opd_train.training.monitors import DriftConfig
+from opd_train.training.refresh import RefreshConfig, RefreshingSource, StreamConfig
 
 SAMPLER = SamplerInfo(max_new_tokens=6, seed=5, stop_token_ids=(EOS,))
 PROMPTS = [Prompt(ids=np.array([7 + i, 9], np.uint32), sample_id=f"p{i}") for i in range(5)]

@@ -11,7 +11,7 @@ from train.tiny_models import CONTEXT, EOS, VOCAB, naive_logprobs
 
 from opd_store import InvalidArgumentError, InvalidRolloutError, SamplerInfo
 from opd_train import Prompt, sample_rollouts, score_rollouts
-from opd_train.sampling import _draw, make_processor
+from opd_train.capture.sampling import _draw, make_processor
 
 SAMPLER = SamplerInfo(temperature=1.0, max_new_tokens=12, seed=7, stop_token_ids=(EOS, 5, 6))
 SAMPLERS = {

@@ -11,8 +11,8 @@ from train.tiny_models import CONTEXT, VOCAB, loaded, naive_logprobs, random_rol
 
 from opd_store import NO_ID, InvalidArgumentError, InvalidRolloutError, Rollout
 from opd_train import CausalLM, load_causal_lm, score_rollouts
-from opd_train.drawing import Draws
-from opd_train.scoring import plan_batches
+from opd_train.capture.drawing import Draws
+from opd_train.capture.scoring import plan_batches
 
 # float32 models of two layers; log-probs reach -40.
 ATOL = 2e-5

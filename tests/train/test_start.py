@@ -11,8 +11,8 @@ from train.tiny_models import EOS, VOCAB, loaded, meta_of, save_tiny, scored_cac
 import opd_store
 from opd_store import InvalidRolloutError, MismatchError, SamplerInfo
 from opd_train import Prompt, load_causal_lm, sample_rollouts
-from opd_train.scoring import score_rollouts, with_teacher
-from opd_train.start import check_start
+from opd_train.capture.scoring import score_rollouts, with_teacher
+from opd_train.training.start import check_start
 
 RNG = np.random.default_rng(0)
 PROMPTS = [Prompt(ids=RNG.integers(4, VOCAB, 3).astype(np.uint32), sample_id=f"p{i}") for i in range(80)]

@@ -26,7 +26,7 @@ import opd_store
 from opd_store import FormatError, InvalidArgumentError, InvalidRolloutError, MismatchError
 from opd_store.testing import example_meta, random_rollout
 from opd_train import CacheLoader, CacheStream
-from opd_train.order import epoch_order
+from opd_train.data.order import epoch_order
 
 # Python 3.12 and later warn of forks in a process that has threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -753,7 +753,7 @@ def test_fewer_batches_are_announced_where_they_are_large(blocks, monkeypatch):
     assert stream(blocks).prefetch_batches == 8
     batch_bytes = 50 * blocks.n_bytes / blocks.n_tokens
     for n_bytes, most in ((3.5 * batch_bytes, 3), (1, 1)):
-        monkeypatch.setattr("opd_train.stream.PREFETCH_BYTES", n_bytes)
+        monkeypatch.setattr("opd_train.data.stream.PREFETCH_BYTES", n_bytes)
         assert stream(blocks).prefetch_batches == most
         assert flat(stream(blocks)) == flat(stream(blocks, workers=0))
 

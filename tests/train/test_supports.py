@@ -12,7 +12,7 @@ from train.tiny_models import VOCAB, loaded, meta_of, random_rollouts
 import opd_store
 from opd_store import InvalidArgumentError, InvalidRolloutError
 from opd_train import BatchAssembler, CacheLoader, CacheStream, collate, score_cache
-from opd_train.drawing import Draws
+from opd_train.capture.drawing import Draws
 from opd_train.losses import draw_weights, random_sampling_kd
 
 FIELDS = ("drawn_ids", "drawn_logprob", "drawn_weight", "chosen_ids", "chosen_logprob", "chosen_log_tail")

@@ -37,11 +37,11 @@ from opd_train import (
     Prompt,
     load_causal_lm,
 )
-from opd_train.checkpoint import read_state
-from opd_train.export import save_model
 from opd_train.models import read_provenance
-from opd_train.run_directory import latest_checkpoint
-from opd_train.trainer import learning_rate
+from opd_train.training.checkpoint import read_state
+from opd_train.training.export import save_model
+from opd_train.training.run_directory import latest_checkpoint
+from opd_train.training.trainer import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_accumulating_four_batches_equals_one_large_batch(cache, models, correct
 
 def test_the_gradient_is_the_mean_over_counted_tokens(cache, models):
     # One step of plain gradient descent in disguise: the norm that is logged is that of the mean loss.
-    from opd_train.batch_loss import distill_loss
-    from opd_train.forward import response_hidden
+    from opd_train.objective.batch_loss import distill_loss
+    from opd_train.training.forward import response_hidden
 
     config = dataclasses.replace(CONFIG, steps=1, accumulate=2, grad_clip=0.0, save_every=0)
     _, metrics = run(cache, models["llama"], config)
@@ -387,7 +387,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache, models, monkeypatch):
     def broken(*args, **kwargs):
         return kl(*args, **kwargs) * float("inf")
 
-    import opd_train.batch_loss as module
+    import opd_train.objective.batch_loss as module
 
     kl = module.topk_forward_kl
     monkeypatch.setattr(module, "topk_forward_kl", broken)
@@ -441,7 +441,7 @@ def test_live_batches_start_on_policy(cache, models):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(cache, models, tmp_path, monkeypatch, uninterrupted):
-    import opd_train.checkpoint as module
+    import opd_train.training.checkpoint as module
 
     save_file, calls = module.safetensors.torch.save_file, []
 

@@ -17,8 +17,8 @@ import opd_store
 from opd_store import CacheMeta, Cut, InvalidArgumentError, InvalidRolloutError, MismatchError
 from opd_store.testing import FINGERPRINT, example_meta, random_rollout
 from opd_train import BatchAssembler, DeviceFeed, collate
-from opd_train.packing import BufferPool
-from opd_train.transfer import _wait_for_all
+from opd_train.data.packing import BufferPool
+from opd_train.data.transfer import _wait_for_all
 
 VOCAB = 500
 N = 12

@@ -15,8 +15,8 @@ from opd_tools.console import AT_LEAST_0, AT_LEAST_1, load_model, printable
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, LossConfig, Stopwatch
-    from opd_train.monitors import Alarm
-    from opd_train.refresh import RefreshingSource
+    from opd_train.training.monitors import Alarm
+    from opd_train.training.refresh import RefreshingSource
 
 ROLLOUTS_DIR = "rollouts"
 """Below OUT: the cache of what --refresh-* sampled."""
@@ -68,7 +68,7 @@ def is_refreshing(options: dict[str, Any]) -> bool:
 
 def split_allowed(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Fields of --allow-mismatch that are compared by `check_cache`, and by `check_start`."""
-    from opd_train.start import START_FIELDS
+    from opd_train.training.start import START_FIELDS
 
     return [name for name in names if name not in START_FIELDS], [
         name for name in names if name in START_FIELDS
@@ -86,8 +86,8 @@ def look_before_start(
     speak: bool,
 ) -> None:
     """Compare the cache's log-probs with the student's, unless the run has begun already."""
-    from opd_train.run_directory import latest_checkpoint
-    from opd_train.start import check_start
+    from opd_train.training.run_directory import latest_checkpoint
+    from opd_train.training.start import check_start
 
     if latest_checkpoint(out) is not None or (out / "final").exists():
         return
@@ -114,7 +114,7 @@ def refreshing_source(
 ) -> RefreshingSource:
     """Batches of the cache, and then of what the student samples."""
     from opd_train import read_prompts
-    from opd_train.refresh import RefreshConfig, RefreshingSource, StreamConfig
+    from opd_train.training.refresh import RefreshConfig, RefreshingSource, StreamConfig
 
     if not options["teacher"] or not options["prompts"]:
         raise InvalidArgumentError("--refresh-every and --refresh-on-drift need --teacher and --prompts")

@@ -108,7 +108,7 @@ def score(
     Example: opd score models/teacher runs/rollouts runs/cache --topk 64 --encoding ladder/128
     """
     from opd_train import read_rollouts, score_cache
-    from opd_train.drawing import Draws
+    from opd_train.capture.drawing import Draws
 
     if bool(chosen) != bool(chosen_ids_from):
         raise InvalidArgumentError("--chosen and --chosen-ids-from: give both or neither")

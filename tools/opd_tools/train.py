@@ -26,8 +26,8 @@ from opd_tools.loss_options import loss_options, read_loss
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, LossConfig, Stopwatch
-    from opd_train.config import LoraConfig
-    from opd_train.trainer import BatchSource
+    from opd_train.training.config import LoraConfig
+    from opd_train.training.trainer import BatchSource
 
 
 @click.command("train")
@@ -144,7 +144,7 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
     \b
     Example: opd train runs/cache --student models/student --out runs/distilled --steps 150
     """
-    from opd_train.distributed import join_world
+    from opd_train.training.distributed import join_world
 
     if live == (cache is not None):
         raise InvalidArgumentError("give either CACHE, or --live with --teacher and --prompts")
@@ -172,7 +172,7 @@ def _train(
     options: dict[str, Any],
 ) -> None:
     from opd_train import DistillConfig, Stopwatch, Trainer
-    from opd_train.monitors import DriftMonitor
+    from opd_train.training.monitors import DriftMonitor
 
     world = options["world"]
     place = device if world.device is None else str(world.device)
@@ -220,7 +220,7 @@ def _train(
 
 
 def _lora(options: dict[str, Any]) -> LoraConfig | None:
-    from opd_train.config import LoraConfig
+    from opd_train.training.config import LoraConfig
 
     rank = options["lora_rank"]
     if rank is None:

@@ -1,0 +1,1 @@
+"""What a batch contributes to the loss, and what is watched."""
