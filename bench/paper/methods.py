@@ -115,11 +115,11 @@ TOPK_METHODS = (
     Method(name="top-64 forward KL, prefix IS", loss=dense("forward_kl", PREFIX), ranks=64),
     Method(name="top-64 reverse KL, prefix IS", loss=dense("reverse_kl", PREFIX), ranks=64),
 )
-_TIS, _PREFIX_IS = CORRECTIONS[3], CORRECTIONS[13]
-_FORWARD, _REVERSE = TOPK_METHODS[2], TOPK_METHODS[5]
+_TIS, _TIGHT, _PREFIX_IS = CORRECTIONS[3], CORRECTIONS[4], CORRECTIONS[13]
+_FORWARD, _REVERSE, _JSD = TOPK_METHODS[2], TOPK_METHODS[5], TOPK_METHODS[6]
 DEFAULT = _FORWARD
 """What `opd train` does with a cache that has a top-k."""
-CORE = (LIVE_METHODS[0], CORRECTIONS[0], _TIS, _FORWARD, _REVERSE)
+CORE = (LIVE_METHODS[0], CORRECTIONS[0], _TIS, _TIGHT, _FORWARD, _REVERSE, _JSD)
 """What the axes are shown for."""
 TRUNCATED = tuple(
     replace(method, sampler="truncated") for method in (CORRECTIONS[0], _TIS, _PREFIX_IS, _FORWARD, _REVERSE)
@@ -132,7 +132,7 @@ CONSISTENCY = tuple(
     replace(method, student=f"near-of-{sft_teacher}", teacher=teacher)
     for sft_teacher in ("teacher", "other-teacher")
     for teacher in ("teacher", "other-teacher")
-    for method in (LIVE_METHODS[0], CORRECTIONS[0], _TIS, _PREFIX_IS, _FORWARD, _REVERSE)
+    for method in (LIVE_METHODS[0], CORRECTIONS[0], _TIS, _TIGHT, _PREFIX_IS, _FORWARD, _REVERSE, _JSD)
 )
 GROUPS = {
     "main": (*LIVE_METHODS, *CORRECTIONS, *TOPK_METHODS),
