@@ -45,15 +45,16 @@ from opd_train.losses import (
     topk_reverse_kl,
     truncated_forward_kl,
 )
-from opd_train.models import CausalLM, load_causal_lm, weights_digest
+from opd_train.model_identity import weights_digest
+from opd_train.models import CausalLM, load_causal_lm
 from opd_train.objective.batch_loss import BatchLoss, distill_loss
-from opd_train.objective.loss_config import LossConfig, Objective
+from opd_train.objective.loss_config import LossConfig, Objective, default_loss
 from opd_train.objective.step_metrics import summarise
 from opd_train.training.config import DistillConfig, LoraConfig
 from opd_train.training.distributed import World, join_world
 from opd_train.training.export import save_model
 from opd_train.training.forward import response_hidden
-from opd_train.training.identity import check_cache, find_doubts, resolve_objective
+from opd_train.training.identity import check_cache, find_doubts
 from opd_train.training.live import LiveSource
 from opd_train.training.monitors import Alarm, AlarmKind, DriftConfig, DriftMonitor
 from opd_train.training.refresh import RefreshConfig, RefreshingSource, StreamConfig
@@ -112,6 +113,7 @@ __all__ = [
     "chi_square",
     "collate",
     "correction_weights",
+    "default_loss",
     "distill_loss",
     "effective_share",
     "find_doubts",
@@ -128,7 +130,6 @@ __all__ = [
     "read_rollouts",
     "renormalised_forward_kl",
     "renormalised_reverse_kl",
-    "resolve_objective",
     "response_hidden",
     "roll_out",
     "rollout_ratios",

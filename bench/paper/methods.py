@@ -117,7 +117,7 @@ TOPK_METHODS = (
 )
 _TIS, _TIGHT, _PREFIX_IS = CORRECTIONS[3], CORRECTIONS[4], CORRECTIONS[13]
 _FORWARD, _REVERSE, _JSD = TOPK_METHODS[2], TOPK_METHODS[5], TOPK_METHODS[6]
-DEFAULT = _FORWARD
+DEFAULT = _JSD
 """What `opd train` does with a cache that has a top-k."""
 CORE = (LIVE_METHODS[0], CORRECTIONS[0], _TIS, _TIGHT, _FORWARD, _REVERSE, _JSD)
 """What the axes are shown for."""

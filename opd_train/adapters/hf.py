@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from opd_store import InvalidArgumentError, InvalidRolloutError, MismatchError, OpdError
 from opd_train.adapters.neutral import CacheCollator, CacheDataset, from_padded
 from opd_train.data.batches import TeacherBatch
-from opd_train.models import PROVENANCE_FILE, CausalLM, read_provenance
+from opd_train.model_identity import PROVENANCE_FILE, read_provenance
+from opd_train.models import CausalLM
 from opd_train.objective.batch_loss import BatchLoss, distill_loss
-from opd_train.objective.loss_config import LossConfig, Objective
+from opd_train.objective.loss_config import LossConfig, Objective, default_loss, require_topk
 from opd_train.objective.step_metrics import summarise
 from opd_train.training.forward import response_hidden
-from opd_train.training.identity import check_cache, find_doubts, resolve_objective
+from opd_train.training.identity import check_cache, find_doubts
 
 __all__ = ["CacheCollator", "CacheDataset", "DistillLossMixin", "DistillTrainer"]
 
@@ -78,8 +79,7 @@ class DistillLossMixin:
         _require(model, args, data_collator, trainer_options)
         meta = data_collator.cache.meta
         if loss is None:
-            objective, correction = resolve_objective(None, None, topk=data_collator.ranks)
-            loss = LossConfig(objective=objective, correction=correction)
+            loss = default_loss(topk=data_collator.ranks)
         else:
             _require_values(loss, data_collator)
         teacher_used = loss.objective is not Objective.CROSS_ENTROPY
@@ -284,7 +284,7 @@ def _require_values(loss: LossConfig, collator: CacheCollator) -> None:
                 f"pass CacheCollator(..., {option}=True)"
             )
     if not loss.chosen_ids:
-        resolve_objective(loss.objective, loss.correction, topk=collator.ranks)
+        require_topk(loss.objective, topk=collator.ranks)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 import opd_store
 from opd_store import (
     Cache,
-    CacheExistsError,
     CacheMeta,
     Cut,
     IdTable,
@@ -28,8 +26,8 @@ from opd_store import (
     Rollout,
     SamplerInfo,
     Version,
-    Writer,
 )
+from opd_train.capture.chunks import commit_chunks, open_writer
 from opd_train.capture.drawing import Draws
 from opd_train.capture.sampling import Prompt, make_processor, sample_rollouts
 from opd_train.capture.scoring import check_fits, score_rollouts, with_teacher
@@ -105,10 +103,10 @@ def roll_out(
             lm, draws[start:end], sampler, first_stream=start, batch_rows=batch_rows, on_batch=report
         )
 
-    with _open_writer(uri, meta, topk=0) as writer:
+    with open_writer(uri, meta, topk=0) as writer:
         first = _check_prefix(writer.base, draws)
         starts = range(first, len(draws), commit_rollouts)
-        return _commit_chunks(writer, starts, len(draws), commit_rollouts, sample)
+        return commit_chunks(writer, starts, len(draws), commit_rollouts, sample)
 
 
 def _check_prefix(done: Cache | None, draws: Sequence[Prompt]) -> int:
@@ -245,7 +243,7 @@ def score_cache(
     options: dict[str, Any] = {"topk": topk, "chosen": chosen}
     if draws is not None:
         options |= {"sampled": draws.n, "sampled_temperature": float(draws.temperature)}
-    with _open_writer(uri, meta, encoding=encoding, id_table=id_table, cut=cut, **options) as writer:
+    with open_writer(uri, meta, encoding=encoding, id_table=id_table, cut=cut, **options) as writer:
         missing = [
             start
             for start in range(0, len(rollouts), commit_rollouts)
@@ -254,7 +252,7 @@ def score_cache(
                 for row in range(start, min(start + commit_rollouts, len(rollouts)))
             )
         ]
-        return _commit_chunks(writer, missing, len(rollouts), commit_rollouts, score)
+        return commit_chunks(writer, missing, len(rollouts), commit_rollouts, score)
 
 
 def _most_likely(
@@ -284,76 +282,3 @@ def _with_reference(
                 certain = sampler.temperature == 0
                 fields["behaviour_logprob"] = np.zeros_like(scores.logprob) if certain else scores.logprob
     return [dataclasses.replace(rollout, **fields) for rollout, fields in zip(rollouts, found, strict=True)]
-
-
-def _open_writer(
-    uri: str | os.PathLike[str],
-    meta: CacheMeta,
-    *,
-    topk: int,
-    chosen: int = 0,
-    sampled: int = 0,
-    sampled_temperature: float = 1.0,
-    encoding: str = "plain",
-    id_table: IdTable | Literal["auto"] | None = None,
-    cut: Cut | None = None,
-) -> Writer:
-    if not topk:
-        # A table is learnt from the top-k.
-        cut, id_table = None, None if id_table == "auto" else id_table
-    if not (topk or chosen or sampled):
-        encoding, id_table = "plain", None
-    try:
-        return opd_store.create(
-            uri,
-            meta=meta,
-            topk=topk,
-            chosen=chosen,
-            sampled=sampled,
-            sampled_temperature=sampled_temperature,
-            encoding=encoding,
-            id_table=id_table,
-            cut=cut,
-        )
-    except CacheExistsError:
-        if not (Path(uri) / "manifests").is_dir():
-            raise
-    writer = opd_store.append(uri, meta=meta)
-    table = writer.base.id_table if writer.base is not None else None
-    policy = "none" if id_table is None or encoding == "plain" else "auto" if id_table == "auto" else "given"
-    pairs = {
-        "topk": (writer.schema.topk, topk),
-        "chosen": (writer.schema.chosen, chosen),
-        "sampled": (writer.schema.sampled, sampled),
-        "sampled_temperature": (writer.schema.sampled_temperature, sampled_temperature),
-        "encoding": (writer.schema.encoding, encoding),
-        "cut": (writer.schema.cut, cut),
-        "id_table": (writer.schema.id_table, policy),
-    }
-    if isinstance(id_table, IdTable) and writer.schema.id_table == "given" and table is not None:
-        pairs["id_table"] = (table.digest.hex(), id_table.digest.hex())
-    for field, (found, expected) in pairs.items():
-        if found != expected:
-            writer.close()
-            raise MismatchError(
-                f"{uri}: {field} is {found} in the cache, but {expected} is to be written; "
-                "choose another path",
-                field=field,
-                expected=str(expected),
-                found=str(found),
-            )
-    return writer
-
-
-def _commit_chunks(
-    writer: Writer,
-    starts: Iterable[int],
-    n_rollouts: int,
-    size: int,
-    make: Callable[[int, int], Sequence[Rollout]],
-) -> Version:
-    """Make and commit the chunks that begin at `starts`, each of `size` rollouts or what is left."""
-    for start in starts:
-        writer.append_batch(make(start, min(start + size, n_rollouts)))
-        writer.commit()
-    return writer.commit()

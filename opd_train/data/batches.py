@@ -224,8 +224,11 @@ def collate(
         pool: where the buffer is from; None makes a new one.
 
     Raises:
+        InvalidArgumentError: no rollouts.
         InvalidRolloutError: an id outside the vocabulary, naming the rollout.
     """
+    if not rollouts:
+        raise InvalidArgumentError("rollouts: expected 1 or more to pack, found none")
     lengths = np.array([len(rollout.token_ids) for rollout in rollouts], np.int64)
     responses = lengths - np.array([rollout.prompt_len for rollout in rollouts], np.int64)
     width = max((0 if r.topk_ids is None else r.topk_ids.shape[1] for r in rollouts), default=0)

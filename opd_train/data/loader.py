@@ -29,7 +29,8 @@ from opd_train.data.assemble import BatchAssembler
 from opd_train.data.batches import TeacherBatch
 from opd_train.data.plan import Step
 from opd_train.data.position import State
-from opd_train.data.stream import CacheStream, in_shared_memory
+from opd_train.data.stream import CacheStream
+from opd_train.data.transfer import in_shared_memory
 
 _AHEAD = 2
 """Batches a worker is asked for at a time, so that it does not wait for the next order."""

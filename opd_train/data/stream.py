@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -18,18 +15,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from opd_store import Cache, InvalidArgumentError
+from opd_train.data.ahead import BuildAhead, announced, batches_to_announce
 from opd_train.data.assemble import BatchAssembler
 from opd_train.data.batches import TeacherBatch
 from opd_train.data.order import Integers, Shuffle
 from opd_train.data.plan import Planner, Stage, Step
 from opd_train.data.position import STATE_VERSION, Position, State, resume
 from opd_train.data.selection import Rows, TooLong, check_alike, exact_weights, select_rollouts
-from opd_train.data.transfer import DeviceFeed
-
-PREFETCH_BATCHES = 8
-"""How many batches ahead their bytes are asked for, so that requests to a bucket overlap."""
-PREFETCH_BYTES = 128 << 20
-"""Fewer if they have more bytes, so that with a window of 256 MiB no request is dropped (at 384 MiB)."""
+from opd_train.data.transfer import DeviceFeed, in_shared_memory
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -54,6 +47,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
     the child starts threads of its own.
     """
 
+    _ahead: BuildAhead | None
     _feed: DeviceFeed | None
 
     def __init__(
@@ -193,7 +187,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
             "rollouts": rollouts.digest,
             "joined": [f"{cache.digest} {_digest_of(rows)}" for cache, rows in joined],
         }
-        self.prefetch_batches = _batches_within(PREFETCH_BYTES, caches, batch_tokens)
+        self.prefetch_batches = batches_to_announce(caches, batch_tokens)
         """How many batches ahead to announce. Internal to the package."""
         self._position = Position()
         self._length: tuple[tuple[int, tuple[Stage, ...]], int] | None = None
@@ -233,22 +227,20 @@ class CacheStream(IterableDataset[TeacherBatch]):
         if self._pid != os.getpid():
             self._reset()  # Threads do not survive a fork.
         try:
-            self._build_ahead()
-            if not self._building:
-                return None
-            step, built = self._building.popleft()
-            batch = built()
-            self._build_ahead()
+            if self._ahead is None:
+                steps = announced(self.walk(), self.assembler, self.prefetch_batches)
+                self._ahead = BuildAhead(steps, self.assembler, self._workers)
+            built = self._ahead.next()
             # Last, since what fails after a batch was counted would lose it.
-            return self.deliver(step, batch)
+            return None if built is None else self.deliver(*built)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Stop the threads and drop what they built ahead. The stream remains usable, from where it is."""
-        if self._executor is not None and self._pid == os.getpid():
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._ahead is not None and self._pid == os.getpid():
+            self._ahead.close()
         self._reset()
 
     def identity(self) -> dict[str, Any]:
@@ -310,7 +302,7 @@ class CacheStream(IterableDataset[TeacherBatch]):
         return sorted(found)
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_executor", "_building", "_steps", "_feed", "_pid")
+        hidden = ("_ahead", "_feed", "_pid")
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -319,28 +311,11 @@ class CacheStream(IterableDataset[TeacherBatch]):
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._executor: ThreadPoolExecutor | None = None
-        self._steps: Iterator[Step] | None = None
-        self._building: deque[tuple[Step, Callable[[], TeacherBatch]]] = deque()
+        self._ahead = None
         self._feed = None
 
     def _move_to(self, step: Step, worker: tuple[int, int] | None = None) -> None:
         self._position = replace(self._position, epoch=step.epoch, batches=step.number + 1, worker=worker)
-
-    def _build_ahead(self) -> None:
-        # Threads hold neither this object nor the iterator, so that they end when it is dropped.
-        if self._steps is None:
-            self._steps = _prefetched(self.walk(), self.assembler, self.prefetch_batches)
-        while len(self._building) < max(1, self._workers) and (step := next(self._steps, None)) is not None:
-            built: Callable[[], TeacherBatch]
-            if not self._workers:
-                built = functools.partial(self.assembler.assemble, step.source, step.rows)
-            else:
-                if self._executor is None:
-                    self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix="opd-stream")
-                future = self._executor.submit(self.assembler.assemble, step.source, step.rows)
-                built = future.result
-            self._building.append((step, built))
 
     def _share(self, number: int, n_workers: int) -> Iterator[TeacherBatch]:
         """Every `n_workers`-th batch: in a worker of a DataLoader."""
@@ -348,38 +323,10 @@ class CacheStream(IterableDataset[TeacherBatch]):
         self.assembler.device_decode = False
         begun = self._position.worker is not None
         steps = itertools.islice(self.walk(), n_workers - 1 if begun else number, None, n_workers)
-        for step in _prefetched(steps, self.assembler, self.prefetch_batches):
+        for step in announced(steps, self.assembler, self.prefetch_batches):
             batch = in_shared_memory(self.assembler.assemble(step.source, step.rows))
             self._move_to(step, (number, n_workers))
             yield batch
-
-
-def _prefetched(steps: Iterator[Step], assembler: BatchAssembler, n_ahead: int) -> Iterator[Step]:
-    """The same steps; each was announced to the assembler `n_ahead` steps before."""
-    announced: deque[Step] = deque()
-    for step in steps:
-        assembler.prefetch(step.source, step.rows)
-        announced.append(step)
-        if len(announced) > n_ahead:
-            yield announced.popleft()
-    yield from announced
-
-
-def in_shared_memory(batch: TeacherBatch) -> TeacherBatch:
-    """The batch in memory that another process can map: without this each tensor would be copied, and the
-    buffer once more. Internal to the package."""
-    if batch.buffer is None:
-        return batch
-    storage = torch.UntypedStorage._new_shared(batch.buffer.nbytes, device="cpu")
-    shared = torch.empty(0, dtype=torch.uint8).set_(storage)
-    shared.copy_(batch.buffer)
-    return batch.rebased(shared)
-
-
-def _batches_within(n_bytes: int, caches: Sequence[Cache], batch_tokens: int) -> int:
-    """How many batches have so many bytes, 1..PREFETCH_BATCHES."""
-    per_token = max(cache.n_bytes / max(cache.n_tokens, 1) for cache in caches)
-    return max(1, min(PREFETCH_BATCHES, int(n_bytes / max(per_token * batch_tokens, 1))))
 
 
 def _digest_of(rows: Integers) -> str:

@@ -108,3 +108,14 @@ def _wait_for_all(in_flight: deque[tuple[torch.cuda.Event, TeacherBatch]], pid: 
     while in_flight:
         in_flight[0][0].synchronize()
         in_flight.popleft()
+
+
+def in_shared_memory(batch: TeacherBatch) -> TeacherBatch:
+    """The batch in memory that another process can map: without this each tensor would be copied, and the
+    buffer once more. Internal to the package."""
+    if batch.buffer is None:
+        return batch
+    storage = torch.UntypedStorage._new_shared(batch.buffer.nbytes, device="cpu")
+    shared = torch.empty(0, dtype=torch.uint8).set_(storage)
+    shared.copy_(batch.buffer)
+    return batch.rebased(shared)

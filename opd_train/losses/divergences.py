@@ -29,6 +29,11 @@ def log_tail_of(logprob_NK: Tensor) -> Tensor:
     """[N] log of the probability outside K ranks, from their log-probs; differentiable, finite.
 
     log(1 - sum exp(x)) computed as log(-expm1(logsumexp x)), with the sum held below one.
+
+    Where that binds, at a tail of less than 1e-7, there is no gradient: a divergence does not pull such a
+    student towards the teacher's tail. float32 log-probs of the ranks do not tell 1e-9 from 1e-7 or from
+    nothing; a gradient guessed from them is off by their ratio, and its sum over the ranks, which should
+    cancel against the softmax, leaves rounding as large as the teacher's tail. More ranks leave less there.
     """
     log_mass_N = torch.logsumexp(logprob_NK, dim=-1).clamp(max=_MAX_LOG_MASS)
     return torch.log(-torch.expm1(log_mass_N))

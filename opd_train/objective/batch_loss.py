@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_store import InvalidArgumentError
-from opd_train.corrections import AdvantageAnchor, correction_weights, k3
+from opd_train.corrections import AdvantageAnchor, CorrectionKind, correction_weights, k3
 from opd_train.corrections.config import without_modifiers
 from opd_train.data.batches import TeacherBatch
 from opd_train.head import HeadWeights, LmHead, fused_loss, topk_logprobs
@@ -87,13 +87,9 @@ def distill_loss(
         loss = _summed(config, logprob_NC, targets, weight_N, kept_N)
     with torch.no_grad():
         logprob_NC = logprob_NC.detach()
-        weight_N, kept_N = importance_N, _ = weigh(logprob_NC[:, -1], slice(None))
-        unmodified = without_modifiers(config.correction)
-        if unmodified != config.correction:
-            plain = dataclasses.replace(config, correction=unmodified)
-            weigh = _Weights(plain, batch, targets, proximal_logprob, age)
-            importance_N, _ = weigh(logprob_NC[:, -1], slice(None))
-        sums = batch_sums(config, loss.detach(), logprob_NC, targets, weight_N, kept_N, importance_N)
+        weight_N, kept_N = weigh(logprob_NC[:, -1], slice(None))
+        truncated_N = _truncated(config, batch, targets, logprob_NC[:, -1], weight_N, proximal_logprob)
+        sums = batch_sums(config, loss.detach(), logprob_NC, targets, weight_N, kept_N, truncated_N)
     return BatchLoss(loss, int(sums["kept"]), sums)
 
 
@@ -161,6 +157,30 @@ class _Weights:
 
         against = _anchor(self._config, student, targets)
         return advantage(targets.teacher_logprob, against, clip=self._config.clip)
+
+
+def _truncated(
+    config: LossConfig,
+    batch: TeacherBatch,
+    targets: Targets,
+    student_N: Tensor,
+    weight_N: Tensor,
+    proximal: Tensor | None,
+) -> Tensor:
+    """[N] what the correction's cap is held against, after it: without modifiers and without PPO's step."""
+    correction = without_modifiers(config.correction)
+    if correction.kind is CorrectionKind.PPO:
+        # The weight of a student that is the proximal policy: nothing is clipped.
+        if proximal is not None:
+            student_N = proximal[batch.loss_mask]
+        elif correction.anchor is AdvantageAnchor.BEHAVIOUR:
+            assert targets.behaviour_logprob is not None
+            student_N = targets.behaviour_logprob
+        correction = dataclasses.replace(correction, anchor=AdvantageAnchor.CURRENT)
+    elif correction == config.correction:
+        return weight_N
+    plain = dataclasses.replace(config, correction=correction)
+    return _Weights(plain, batch, targets, None, None)(student_N, slice(None))[0]
 
 
 def _anchor(config: LossConfig, student: Tensor, targets: Targets) -> Tensor:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from opd_store import InvalidArgumentError
-from opd_train.corrections import CorrectionConfig, DriftGate, StalenessDecay
+from opd_train.corrections import CorrectionConfig, CorrectionKind, DriftGate, StalenessDecay
 
 
 class Objective(StrEnum):
@@ -139,6 +139,31 @@ class LossConfig:
                     correction[name] = _made(modifier, _fields(modifier, correction[name], place), place)
             fields["correction"] = _made(CorrectionConfig, correction, f"{where}: correction")
         return _made(cls, fields, where)
+
+
+def default_loss(*, topk: int) -> LossConfig:
+    """What did best in `docs/results.md` with what a cache has.
+
+    With a top-k the JSD on it, half way between the two KLs: level with a live teacher, and less harmed than
+    the forward KL where the teacher is not the student's own. Without one the sampled token under truncated
+    weights and a clip of 1 nat: level with a live teacher that is asked about that token.
+
+    Args:
+        topk: ranks there are; 0 for none.
+    """
+    if topk:
+        return LossConfig(objective=Objective.JSD)
+    correction = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS)
+    return LossConfig(objective=Objective.LIGHTNING, correction=correction, clip=1.0)
+
+
+def require_topk(objective: Objective, *, topk: int) -> None:
+    """Raise InvalidArgumentError for an objective that needs ranks where there are none."""
+    if objective.needs_topk and not topk:
+        raise InvalidArgumentError(
+            f"objective {objective.value!r} needs top-k, but this cache stores none; score it with "
+            "--topk, or use 'lightning'"
+        )
 
 
 _Config = TypeVar("_Config")

@@ -21,7 +21,7 @@ def batch_sums(
     targets: Targets,
     weight_N: Tensor,
     kept_N: Tensor,
-    importance_N: Tensor,
+    truncated_N: Tensor,
 ) -> dict[str, float]:
     """Sums over the counted tokens of one batch, for `summarise`.
 
@@ -29,7 +29,7 @@ def batch_sums(
         loss: the summed loss, detached.
         logprob_NC: [N, C] the student's log-probs at `targets.ids`, detached.
         weight_N, kept_N: what the correction gave.
-        importance_N: [N] the weights without modifiers.
+        truncated_N: [N] the weights that the correction's cap is held against, after it.
     """
     student_N = logprob_NC[:, -1]
     sums = {
@@ -40,7 +40,7 @@ def batch_sums(
         "w2": (weight_N**2).sum(),
     }
     if config.correction.needs_behaviour and config.correction.cap is not None:
-        sums["capped"] = (importance_N[kept_N] >= config.correction.cap).sum()
+        sums["capped"] = (truncated_N[kept_N] >= config.correction.cap).sum()
     if targets.behaviour_logprob is not None:
         log_rho_N = log_ratio(student_N, targets.behaviour_logprob)
         log_rho_N = log_rho_N[torch.isfinite(log_rho_N)]
@@ -89,7 +89,8 @@ def summarise(sums: dict[str, float]) -> dict[str, float]:
     - `ratio_mean`: mean rho, 1 in expectation on tokens that were not trained on.
     - `log_gap`: mean log pi_theta - log pi_T of the sampled token; `clipped`: share of tokens where it
       reaches the clip.
-    - `dropped`, `capped`: share of tokens out of the loss, and at the cap before any modifier.
+    - `dropped`, `capped`: share of tokens out of the loss, and at the cap, before any modifier
+      and PPO's step.
     - `student_mass`, `teacher_mass`: probability on the cached ranks; `tail_kl`: what the rest adds to
       `forward_kl`.
     - `top1`: share of positions where, of the cached ids, student and teacher rank the same one highest.

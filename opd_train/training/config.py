@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_store import InvalidArgumentError
+from opd_train.corrections import CorrectionKind
 from opd_train.objective.loss_config import LossConfig
 
 _RERUN_MAY_CHANGE = ("save_every", "head_chunk", "gradient_checkpointing")
@@ -50,8 +51,8 @@ class DistillConfig:
     accumulate: int = 1
     """Batches per step and rank; their tokens share one denominator."""
     proximal_every: int = 1
-    """Steps between refreshes of the proximal policy, for corrections that have one. Above 1, the batches of
-    so many steps are drawn ahead and scored by the student as it is then; 1 takes the student itself."""
+    """Steps between refreshes of the proximal policy; above 1 only for kind ppo, which has one. The batches
+    of so many steps are then drawn ahead and scored by the student as it is; 1 takes the student itself."""
     head_chunk: int = 1024
     """Positions whose logits exist at a time."""
     gradient_checkpointing: bool = False
@@ -76,6 +77,12 @@ class DistillConfig:
             )
         if not 0 <= self.seed < 1 << 63:
             raise InvalidArgumentError(f"seed: expected 0..2**63 - 1, found {self.seed}")
+        kind = self.loss.correction.kind
+        if self.proximal_every > 1 and kind is not CorrectionKind.PPO:
+            raise InvalidArgumentError(
+                f"proximal_every: expected 1, since correction {kind.value!r} has no proximal policy, found "
+                f"{self.proximal_every}; use kind 'ppo', or leave it out"
+            )
         if self.save_every % self.proximal_every:
             raise InvalidArgumentError(
                 f"save_every: expected a multiple of proximal_every {self.proximal_every}, "

@@ -7,9 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from opd_store import CacheMeta, InvalidArgumentError, MismatchError, teacher_consistency
-from opd_train.corrections import CorrectionConfig
 from opd_train.models import CausalLM
-from opd_train.objective.loss_config import Objective
 
 FIELDS = (
     "tokenizer_fingerprint",
@@ -112,23 +110,3 @@ def check_cache(
                 found=mismatch.found,
             )
     return mismatches
-
-
-def resolve_objective(
-    objective: Objective | None, correction: CorrectionConfig | None, *, topk: int
-) -> tuple[Objective, CorrectionConfig]:
-    """Fill in the defaults: forward KL where the cache has top-k, else the sampled token with truncated
-    weights.
-
-    Raises:
-        InvalidArgumentError: an objective that needs top-k, from a cache without.
-    """
-    chosen = objective or (Objective.FORWARD_KL if topk else Objective.LIGHTNING)
-    if chosen.needs_topk and not topk:
-        raise InvalidArgumentError(
-            f"objective {chosen.value!r} needs top-k, but this cache stores none; score it with "
-            "--topk, or use 'lightning'"
-        )
-    if correction is None:
-        correction = CorrectionConfig(kind="token_tis" if objective is None and not topk else "none")  # type: ignore[arg-type]
-    return chosen, correction

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from opd_store import MismatchError
-from opd_train.models import PROVENANCE_FILE
+from opd_train.model_identity import PROVENANCE_FILE
 
 
 def write_provenance(directory: Path, provenance: dict[str, Any]) -> None:
-    """Write `opd.json`. `opd_train.models.read_provenance` reads it."""
+    """Write `opd.json`. `opd_train.model_identity.read_provenance` reads it."""
     text = json.dumps(provenance, indent=1, ensure_ascii=True, allow_nan=False, sort_keys=True)
     (directory / PROVENANCE_FILE).write_text(text + "\n", "utf-8")
 

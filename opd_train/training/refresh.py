@@ -14,29 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
-import opd_store
-from opd_store import (
-    Cache,
-    CacheMeta,
-    CacheNotFoundError,
-    InvalidArgumentError,
-    MismatchError,
-    Rollout,
-    SamplerInfo,
-)
+from opd_store import Cache, InvalidArgumentError, MismatchError, Rollout, SamplerInfo
 from opd_train.capture.sampling import Prompt, sample_rollouts
-from opd_train.capture.scoring import score_rollouts, with_teacher
 from opd_train.data.batches import TeacherBatch
-from opd_train.data.order import Shuffle
-from opd_train.data.selection import TooLong
 from opd_train.data.stream import CacheStream
 from opd_train.models import CausalLM
 from opd_train.training.live import check_pair, draw_prompts, prompts_digest
 from opd_train.training.monitors import DriftConfig, DriftMonitor
+from opd_train.training.parts import Part, StreamConfig, policy_versions, stream_parts
+from opd_train.training.run_cache import RunCache
 from opd_train.training.stopwatch import Stopwatch
+
+__all__ = ["RefreshConfig", "RefreshingSource", "StreamConfig"]
 
 _STATE_VERSION = 1
 
@@ -61,31 +50,6 @@ class RefreshConfig:
         for name, least in (("rollouts", 1), ("every", 0), ("keep", 1)):
             if getattr(self, name) < least:
                 raise InvalidArgumentError(f"{name}: expected {least} or more, found {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
-    """How batches are made of the rollouts there are; see `CacheStream`."""
-
-    batch_tokens: int = 16384
-    batch_rollouts: int | None = None
-    seed: int = 0
-    ranks: int | None = None
-    shuffle: Shuffle | str = Shuffle.BLOCK
-    window: int = 32
-    too_long: TooLong | str = TooLong.ERROR
-    workers: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Rollouts of one version of the policy: rows [first, end) of the run's cache, or all of the one at the
-    start."""
-
-    policy_version: int
-    first: int = 0
-    end: int = 0
-    is_start: bool = False
 
 
 class RefreshingSource:
@@ -139,28 +103,36 @@ class RefreshingSource:
             )
         if start is not None:
             _check_start(start, teacher, topk)
-        self._student, self._teacher, self._prompts, self._sampler = student, teacher, prompts, sampler
-        self._uri, self._config, self._start = os.fspath(uri), config, start
+        self._student, self._prompts, self._sampler = student, prompts, sampler
+        self._config, self._start = config, start
         self._stream_config = stream or StreamConfig()
-        self._topk, self._encoding, self._teacher_tokens = topk, encoding, teacher_tokens
         self._stopwatch = stopwatch or Stopwatch()
+        self._own = RunCache(
+            os.fspath(uri),
+            student,
+            teacher,
+            sampler,
+            topk=topk,
+            encoding=encoding,
+            teacher_tokens=teacher_tokens,
+            stopwatch=self._stopwatch,
+        )
         self._monitor = DriftMonitor(config.drift)
         self._step = self._drawn = 0
         self._refreshed_at = 0
-        self._own: Cache | None = None
-        self._parts: list[_Part] = [] if start is None else [_Part(0, is_start=True)]
+        self._parts: list[Part] = [] if start is None else [Part(0, is_start=True)]
         self._stream: CacheStream | None = None
         batching = dataclasses.asdict(self._stream_config)
         del batching["workers"]
         described = {
-            "cache": None if self._start is None else self._start.digest,
-            "teacher": self._teacher.info.weights_digest,
-            "prompts": prompts_digest(self._prompts),
-            "sampler": dataclasses.asdict(self._sampler),
-            "refresh": dataclasses.asdict(self._config),
+            "cache": None if start is None else start.digest,
+            "teacher": teacher.info.weights_digest,
+            "prompts": prompts_digest(prompts),
+            "sampler": dataclasses.asdict(sampler),
+            "refresh": dataclasses.asdict(config),
             "stream": batching,
-            "topk": self._topk,
-            "encoding": self._encoding,
+            "topk": topk,
+            "encoding": encoding,
         }
         self._identity: dict[str, Any] = json.loads(json.dumps(described))
 
@@ -180,12 +152,11 @@ class RefreshingSource:
         if not self._parts or self._is_due():
             self._refresh()
         if self._stream is None:
-            self._stream = self._make_stream()
+            self._stream = self._stream_parts()
         batch = self._stream.next_batch()
         if batch is None:
             return None
-        versions = torch.tensor([part.policy_version for part in self._sources()])
-        return dataclasses.replace(batch, policy_version=self._versions_of(batch, versions))
+        return dataclasses.replace(batch, policy_version=policy_versions(self._parts, batch))
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Take note of a step that was made; called by the trainer."""
@@ -209,7 +180,7 @@ class RefreshingSource:
             "step": self._step,
             "drawn": self._drawn,
             "refreshed_at": self._refreshed_at,
-            "digest": None if self._own is None else self._own.digest,
+            "digest": self._own.digest,
             "parts": [dataclasses.asdict(part) for part in self._parts],
             "stream": None if self._stream is None else self._stream.state_dict(),
             "monitor": self._monitor.state_dict(),
@@ -237,14 +208,16 @@ class RefreshingSource:
         self.close()
         self._step, self._drawn = int(state["step"]), int(state["drawn"])
         self._refreshed_at = int(state["refreshed_at"])
-        self._parts = [_Part(**part) for part in state["parts"]]
+        self._parts = [Part(**part) for part in state["parts"]]
         self._monitor.load_state_dict(state["monitor"])
-        digest = state["digest"]
-        self._own = None if digest is None else opd_store.open(f"{self._uri}@{digest}")
+        self._own.go_to(state["digest"])
         self._stream = None
         if state["stream"] is not None:
-            self._stream = self._make_stream()
+            self._stream = self._stream_parts()
             self._stream.load_state_dict(state["stream"])
+
+    def _stream_parts(self) -> CacheStream:
+        return stream_parts(self._parts, self._start, self._own.cache, self._stream_config, self._student)
 
     def _is_due(self) -> bool:
         if self._step == self._refreshed_at:
@@ -255,16 +228,13 @@ class RefreshingSource:
 
     def _refresh(self) -> None:
         n = self._config.rollouts
-        rollouts = self._sample(n)
-        first = 0 if self._own is None else len(self._own)
-        own = self._find(rollouts, first)
-        if own is None:
-            own = self._store(rollouts)
+        first = len(self._own)
+        self._own.add(self._sample(n))
         self.close()
-        self._own, self._stream = own, None
+        self._stream = None
         self._drawn += n
         self._refreshed_at = self._step
-        self._parts = [*self._parts, _Part(self._step, first, first + n)][-self._config.keep :]
+        self._parts = [*self._parts, Part(self._step, first, first + n)][-self._config.keep :]
         # What was measured on the old rollouts says nothing of the new ones.
         self._monitor.reset()
 
@@ -280,117 +250,6 @@ class RefreshingSource:
             dataclasses.replace(rollout, sample_id=f"{rollout.sample_id}@{number}", policy_version=self._step)
             for number, rollout in enumerate(drawn, start=self._drawn)
         ]
-
-    def _find(self, rollouts: Sequence[Rollout], first: int) -> Cache | None:
-        """The version in which these rollouts were committed by a run that was killed before it could note
-        it.
-
-        Raises:
-            MismatchError: the cache holds something else there.
-        """
-        try:
-            cache = opd_store.open(self._uri)
-        except CacheNotFoundError:
-            return None
-        end = first + len(rollouts)
-        while len(cache) > end and cache.parent is not None:
-            cache = opd_store.open(f"{self._uri}@{cache.parent}")
-        if len(cache) == first and (self._own is None or cache.digest == self._own.digest):
-            return None
-        fingerprint = self._student.tokenizer_fingerprint
-        same = len(cache) == end and all(
-            cache.row_hash(row) == opd_store.rollout_hash(rollout.token_ids, fingerprint)
-            and cache.rollout(row, ranks=0, columns=("sample_id",)).sample_id == rollout.sample_id
-            for row, rollout in enumerate(rollouts, start=first)
-        )
-        if not same:
-            raise MismatchError(
-                f"{self._uri}: expected the {first} rollouts this run stored, found version {cache.version} "
-                f"with {len(cache)}, which are not its own; give the run a directory of its own, or delete "
-                "this cache",
-                field="cache",
-                expected=str(first),
-                found=str(len(cache)),
-            )
-        return cache
-
-    def _store(self, rollouts: Sequence[Rollout]) -> Cache:
-        with self._stopwatch.measure("teacher"):
-            scores = score_rollouts(
-                self._teacher, rollouts, topk=self._topk, batch_tokens=self._teacher_tokens
-            )
-        scored = [with_teacher(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
-        meta = self._meta()
-        if self._own is None and not _exists(self._uri):
-            encoding = self._encoding if self._topk else "plain"
-            writer = opd_store.create(self._uri, meta=meta, topk=self._topk, encoding=encoding)
-        else:
-            writer = opd_store.append(self._uri, meta=meta)
-        with writer:
-            writer.append_batch(scored)
-            version = writer.commit()
-        return opd_store.open(version.uri)
-
-    def _meta(self) -> CacheMeta:
-        """Of the run's cache. Its rollouts are of many versions of the student; each row says of which."""
-        student = self._student
-        name = f"{student.info.name} in training"
-        return CacheMeta(
-            vocab_size=self._teacher.vocab_size,
-            tokenizer_fingerprint=student.tokenizer_fingerprint,
-            chat_template_digest=student.chat_template_digest,
-            teacher=self._teacher.info,
-            sft_teacher=student.sft_teacher,
-            behaviour=dataclasses.replace(
-                student.info,
-                name=name,
-                weights_digest=None,
-                logprob_temperature=self._sampler.temperature,
-                logprob_mode="processed",
-            ),
-            reference=dataclasses.replace(student.info, name=name, weights_digest=None),
-            sampler=self._sampler,
-        )
-
-    def _sources(self) -> list[_Part]:
-        """The start, if it is streamed, then the rest of the parts."""
-        return sorted(self._parts, key=lambda part: not part.is_start)
-
-    def _make_stream(self) -> CacheStream:
-        caches: list[Cache] = []
-        rows: list[Any] = []
-        if any(part.is_start for part in self._parts):
-            assert self._start is not None
-            caches.append(self._start)
-            rows.append(None)
-        spans = [np.arange(part.first, part.end) for part in self._parts if not part.is_start]
-        if spans:
-            assert self._own is not None
-            caches.append(self._own)
-            rows.append(np.concatenate(spans))
-        options = {
-            item.name: getattr(self._stream_config, item.name) for item in dataclasses.fields(StreamConfig)
-        }
-        return CacheStream(
-            caches,
-            rows=rows,
-            epochs=None,
-            device=self._student.device,
-            vocab_size=self._student.vocab_size,
-            context=self._student.context,
-            **options,
-        )
-
-    def _versions_of(self, batch: TeacherBatch, versions: torch.Tensor) -> torch.Tensor:
-        """[S] int64 on the batch's device."""
-        parts = self._sources()
-        ends = torch.tensor([part.end for part in parts])
-        n_start = sum(part.is_start for part in parts)
-        source, row = batch.source_ids.cpu(), batch.row_ids.cpu()
-        at = n_start + torch.searchsorted(ends[n_start:], row, right=True)
-        if n_start:
-            at = torch.where(source == 0, 0, at)
-        return versions[at].to(batch.row_ids.device)
 
 
 def _check_start(start: Cache, teacher: CausalLM, topk: int) -> None:
@@ -410,11 +269,3 @@ def _check_start(start: Cache, teacher: CausalLM, topk: int) -> None:
             expected=str(start.topk),
             found=str(topk),
         )
-
-
-def _exists(uri: str) -> bool:
-    try:
-        opd_store.open(uri)
-    except CacheNotFoundError:
-        return False
-    return True

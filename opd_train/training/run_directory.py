@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -86,10 +87,20 @@ def remove_partial(out: Path) -> None:
 
 
 def append_metrics(out: Path, row: dict[str, Any]) -> None:
-    """Add a line to the run's metrics. Raises StorageError."""
+    """Add a line to the run's metrics; what is not finite becomes null. Raises StorageError."""
     path = out / METRICS_FILE
+    text = json.dumps(_without_nan(row), allow_nan=False)
     with storage_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(text + "\n")
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401
+    """The JSON value with null for numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def trim_metrics(out: Path, step: int) -> None:
@@ -113,7 +124,8 @@ def trim_metrics(out: Path, step: int) -> None:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, as far as they are whole; none where there is no such file.
+    """The rows of a run's metrics, as far as they are whole, with NaN for null; none where there is no such
+    file.
 
     Raises:
         StorageError: the file cannot be read.
@@ -128,7 +140,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row["step"], int):
-                found.append(row)
+                found.append({name: math.nan if value is None else value for name, value in row.items()})
         except (ValueError, KeyError):
             break
     return found

@@ -7,29 +7,30 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_store import IntegrityError, MismatchError, OpdError
+from opd_store import OpdError
 from opd_train.data.batches import TeacherBatch
-from opd_train.head import LmHead, topk_logprobs
-from opd_train.models import CausalLM, read_provenance
-from opd_train.objective.batch_loss import BatchLoss, distill_loss
+from opd_train.model_identity import read_provenance
+from opd_train.models import CausalLM
 from opd_train.objective.step_metrics import summarise
 from opd_train.training import lora
-from opd_train.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from opd_train.training.checkpoint import save_checkpoint
 from opd_train.training.config import DistillConfig, LoraConfig
-from opd_train.training.distributed import World, shard, whole_head
+from opd_train.training.distributed import World, shard
 from opd_train.training.export import load_trained, save_model
-from opd_train.training.failure import out_of_memory, read_replay, write_replay
-from opd_train.training.forward import response_hidden
+from opd_train.training.failure import not_finite, out_of_memory
 from opd_train.training.monitors import Alarm, DriftMonitor
 from opd_train.training.optimisation import clip_mean_gradient, learning_rate, make_optimizer
-from opd_train.training.provenance import check_ranks_agree, check_same_run, differences
+from opd_train.training.passes import StudentPasses
+from opd_train.training.provenance import check_ranks_agree, check_same_run
+from opd_train.training.replay import check_place, check_replay, read_replay, write_replay
+from opd_train.training.resume import resume
 from opd_train.training.run_directory import (
     METRICS_FILE,
     append_metrics,
@@ -102,6 +103,7 @@ class Trainer:
         if config.lora is not None:
             lora.add_adapters(student, config.lora, seed=config.seed)
         shard(student, self._world)
+        self._passes = StudentPasses(student, config, self._world)
         self._parameters = [p for p in student.model.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config)
         if config.gradient_checkpointing:
@@ -164,29 +166,13 @@ class Trainer:
             MismatchError: it is of another run, or this run comes to another place.
         """
         content = read_replay(report)
-        check_same_run(report, self._provenance, content["provenance"])
-        if len(content["sources"]) != self._world.size:
-            raise MismatchError(
-                f"{report}: of a run with {len(content['sources'])} ranks, this one has {self._world.size}; "
-                "start as many",
-                field="world_size",
-                expected=str(len(content["sources"])),
-                found=str(self._world.size),
-            )
+        expected = check_replay(report, content, self._provenance, self._world)
         self._begin(write=False)
         while self.step < content["step"] - 1:
             self._observe(self._train_step())
         batches = [batch for batch, _ in self._supply.of_step(self.step, self._proximal_logprob)]
         self._close_source()
-        expected = content["sources"][self._world.rank]
-        for name, there, here in differences(expected, json.loads(json.dumps(self._supply.before))):
-            raise MismatchError(
-                f"{report}: source {name} was {there!r:.200} before the step, and is {here!r:.200} now; "
-                "the run cannot be repeated with this checkpoint and source",
-                field=name,
-                expected=repr(there),
-                found=repr(here),
-            )
+        check_place(report, expected, self._supply.before)
         self.student.model.train()
         return batches
 
@@ -204,7 +190,16 @@ class Trainer:
                 remove_partial(self._out)
         found = latest_checkpoint(self._out)
         if (name := self._world.gather(found and found.name)[0]) is not None:
-            self._resume(self._out / name)
+            self.step = resume(
+                self._out / name,
+                self.student,
+                self._optimizer,
+                self._source,
+                provenance=self._provenance,
+                stopwatch=self.stopwatch,
+                world=self._world,
+            )
+            self._supply.clear()
         if write and self._world.first:
             trim_metrics(self._out, self.step)
             if self._monitor is not None:
@@ -223,7 +218,7 @@ class Trainer:
             for batch, proximal in self._supply.of_step(self.step, self._proximal_logprob):
                 batches.append(batch)
                 with self.stopwatch.measure("student"):
-                    result = self._backward(batch, proximal)
+                    result = self._passes.backward(batch, proximal, step=self.step)
                 sums["kept_by_all"] += result.n_kept
                 sums["tokens"] += batch.n_tokens
                 for name, value in result.sums.items():
@@ -236,7 +231,9 @@ class Trainer:
                 for what, value in (("loss", sums["loss"]), ("gradient", grad_norm)):
                     if not math.isfinite(value):
                         raise self._not_finite(what, value, sums, batches)
-                self._optimizer.step()
+                # No token counts: weight decay and momentum would still move the weights.
+                if n_kept:
+                    self._optimizer.step()
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.step + 1, config, self._source.identity(), batches, error) from error
         self.step += 1
@@ -244,51 +241,15 @@ class Trainer:
         return {
             "lr": lr,
             "grad_norm": grad_norm,
+            "skipped": float(not n_kept),
             **summarise(sums),
             "tokens_per_s": n_tokens / seconds,
             "data_share": (self.stopwatch.seconds["data"] - waited) / seconds,
         }
 
-    def _backward(self, batch: TeacherBatch, proximal: Tensor | None) -> BatchLoss:
-        """Add a batch's summed gradient to the parameters'."""
-        # What follows is computed again in backward, so the head stays whole until then.
-        with whole_head(self.student):
-            self.student.model.train()
-            with self._autocast():
-                age = (
-                    None if batch.policy_version is None else (self.step - batch.policy_version).clamp(min=0)
-                )
-                result = distill_loss(
-                    self.config.loss,
-                    hidden=self._hidden(batch),
-                    lm_head=self._head(),
-                    batch=batch,
-                    chunk=self.config.head_chunk,
-                    proximal_logprob=proximal,
-                    age=age,
-                )
-            result.loss.backward()
-        return result
-
-    def _hidden(self, batch: TeacherBatch) -> Tensor:
-        return response_hidden(self.student, batch, agree=self._world.max if self._world.size > 1 else None)
-
-    def _head(self) -> LmHead:
-        head: LmHead | None = self.student.head
-        return self.student.logits if head is None else head
-
-    def _autocast(self) -> Any:  # noqa: ANN401
-        if not self.config.autocast:
-            return nullcontext()
-        return torch.autocast(self.student.device.type, dtype=torch.bfloat16)
-
-    @torch.no_grad()
     def _proximal_logprob(self, batch: TeacherBatch) -> Tensor:
-        """[N] float32 log-probs of the sampled tokens under the student as it is now."""
-        with self.stopwatch.measure("student"), whole_head(self.student), self._autocast():
-            self.student.model.train()
-            ids = batch.target_ids[:, None]
-            return topk_logprobs(self._hidden(batch), self._head(), ids, chunk=self.config.head_chunk)[:, 0]
+        with self.stopwatch.measure("student"):
+            return self._passes.sampled_logprob(batch)
 
     def _report(self, metrics: dict[str, float]) -> None:
         alarms: list[Alarm] = []
@@ -329,11 +290,7 @@ class Trainer:
             )
         gathered = self._world.gather([row for batch in batches for row in batch.row_ids.tolist()])
         rows = [row for own in gathered for row in own]
-        return OpdError(
-            f"step {step}: {what} is {value} on cache rows {rows[:32]}; lower the learning rate, or inspect "
-            "these rows and the student's weights"
-            + (f" (Trainer.replay({str(report)!r}) goes there)" if report else "")
-        )
+        return not_finite(step, f"{what} is {value}", rows, report)
 
     def _save_checkpoint(self) -> None:
         every = self.config.save_every
@@ -350,23 +307,3 @@ class Trainer:
                 self.step,
                 world=self._world,
             )
-
-    def _resume(self, checkpoint: Path) -> None:
-        check_same_run(checkpoint, self._provenance, read_provenance(checkpoint))
-        state = read_state(checkpoint)
-        try:
-            sources = state["source"]
-            same_size = len(sources) == self._world.size
-            # One state may be of a source that does not know of ranks.
-            own = sources[self._world.rank] if same_size else sources if len(sources) > 1 else sources[0]
-            self._source.load_state_dict(own)
-            self._supply.clear()
-            self.stopwatch.seconds.update(state["seconds"])
-            self.step = int(state["step"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if isinstance(error, OpdError):
-                raise
-            raise IntegrityError(
-                f"{checkpoint}: its state lacks {error!s:.200}; delete it to start again"
-            ) from error
-        load_checkpoint(self.student, self._optimizer, checkpoint, state, world=self._world)

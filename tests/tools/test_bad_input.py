@@ -361,7 +361,10 @@ def test_a_cache_without_what_the_objective_needs(opd, work, tmp_path):
         "--steps",
         1,
     )
-    opd(*args).refused(2, "needs behaviour_logprob", "--correction none")
+    opd(*args).refused(2, "needs behaviour_logprob", "or pass --correction none")
+    loss = tmp_path / "loss.json"
+    loss.write_text('{"objective": "lightning", "correction": {"kind": "token_tis"}}')
+    opd(*args, "--loss", loss).refused(2, "needs behaviour_logprob", f"or change {loss}")
     opd(*args, "--objective", "forward_kl").refused(2, "'forward_kl' needs top-k", "--topk")
     opd(*args, "--objective", "lightning").ok()
     opd("eval", work / "student", "--cache", tmp_path / "cache").refused(2, "top-k")

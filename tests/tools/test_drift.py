@@ -103,6 +103,12 @@ def test_new_rollouts_are_sampled_and_kept_beside_the_run(opd, work, own, tmp_pa
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_adapters_are_part_of_what_is_sampled_from(opd, work, own, tmp_path):
+    train(opd, own, work, tmp_path / "run", *refresh(work, "--lora-rank", 2)).ok()
+    assert opd_store.open(tmp_path / "run/rollouts").column("policy_version").to_pylist() == [2] * 12
+    assert (tmp_path / "run/final/adapter").is_dir()
+
+
 @pytest.fixture(scope="module")
 def whole(opd, work, own, tmp_path_factory):
     """A run that nothing interrupts, and how many moments it could be killed at."""
@@ -134,10 +140,6 @@ def test_a_killed_run_ends_in_the_same_weights_and_rollouts(opd, work, own, whol
         (("--refresh-keep", 2), "no effect with neither"),
         (("--refresh-every", 1, "--topk", 3, "--teacher", "t", "--prompts", "p"), "--topk"),
         (("--teacher", "t"), "--teacher has no effect with a CACHE"),
-        (
-            ("--refresh-on-drift", "--lora-rank", 2, "--teacher", "t", "--prompts", "p"),
-            "all of the student's",
-        ),
         (("--proximal-every", 2, "--correction", "cispo"), "--proximal-every has no effect with correction"),
         (("--normalise", "tokens"), "--normalise has no effect with correction none"),
         (("--shuffle", "global", "--window", 2), "--window has no effect with --shuffle global"),

@@ -43,6 +43,11 @@ def test_every_command_has_help_and_one_example_that_parses(verb, flag):
     main.commands[verb].make_context(verb, arguments)
 
 
+def test_what_batch_tokens_means_live():
+    (option,) = [option for option in main.commands["train"].params if option.name == "batch_tokens"]
+    assert "with --live, padded tokens of one pass of the teacher" in option.help
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_says_what_it_does_and_its_default(verb):
     for parameter in main.commands[verb].params:

@@ -136,28 +136,30 @@ def test_inconsistent_teachers_are_refused(opd, work, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "objective", "kind", "cap"),
+    ("options", "objective", "kind", "cap", "clip"),
     [
-        ((), "forward_kl", "none", None),
-        (("--ranks", 0), "lightning", "token_tis", 2.0),
-        (("--ranks", 0, "--cap", 3), "lightning", "token_tis", 3.0),
-        (("--objective", "lightning"), "lightning", "none", None),
+        ((), "jsd", "none", None, 10.0),
+        (("--ranks", 0), "lightning", "token_tis", 2.0, 1.0),
+        (("--ranks", 0, "--cap", 3, "--clip", 5), "lightning", "token_tis", 3.0, 5.0),
+        (("--objective", "lightning"), "lightning", "none", None, 10.0),
         (
             ("--objective", "reverse_kl", "--correction", "token_tis", "--cap", 5),
             "reverse_kl",
             "token_tis",
             5.0,
+            10.0,
         ),
     ],
     ids=str,
 )
-def test_what_is_trained_by_default(opd, work, cache, tmp_path, options, objective, kind, cap):
+def test_what_is_trained_by_default(opd, work, cache, tmp_path, options, objective, kind, cap, clip):
     args = ("train", cache, "--student", work / "student", "--out", tmp_path / "run", "--steps", 1)
     opd(*args, *options).ok()
     config = json.loads((tmp_path / "run/final/opd.json").read_text())["config"]
     loss = config["loss"]
     correction = loss["correction"]
     assert (loss["objective"], correction["kind"], correction["cap"]) == (objective, kind, cap)
+    assert loss["clip"] == clip
 
 
 def test_a_loss_from_a_file(opd, work, cache, tmp_path):

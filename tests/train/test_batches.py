@@ -9,7 +9,7 @@ import pytest
 import torch
 from train.tiny_models import VOCAB, random_rollouts, scored_cache
 
-from opd_store import NO_ID, InvalidRolloutError, Rollout
+from opd_store import NO_ID, InvalidArgumentError, InvalidRolloutError, Rollout
 from opd_train import BatchAssembler, TeacherTargets, collate
 from opd_train.training.forward import response_hidden
 
@@ -110,6 +110,11 @@ def test_a_batch_moves_in_one_piece(rollouts):
         assert 0 <= offset <= len(copy.buffer) - tensor.nbytes, name
         tensor.zero_()
     assert same(batch, collate(rollouts, vocab_size=VOCAB, multiple_of=16)), "nothing is shared"
+
+
+def test_nothing_to_pack_is_refused():
+    with pytest.raises(InvalidArgumentError, match="expected 1 or more to pack, found none"):
+        collate([], vocab_size=VOCAB)
 
 
 def test_what_is_not_in_the_buffer_moves_too(rollouts):

@@ -16,7 +16,7 @@ import torch
 from train.training import CONFIG, Stop, assert_equal, make_cache, run, trainer, weights
 
 from opd_store import FormatError, InvalidArgumentError, MismatchError, OpdError
-from opd_train import CacheStream
+from opd_train import CacheStream, CorrectionConfig, CorrectionKind, LossConfig, Objective
 from opd_train.objective.batch_loss import distill_loss
 from opd_train.training.forward import response_hidden
 
@@ -26,6 +26,13 @@ def cache(teacher, tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("failures") / "cache", teacher)
 
 
+def with_ppo(config, **changes):
+    """The config with the one correction that has a proximal policy."""
+    correction = CorrectionConfig(kind=CorrectionKind.PPO)
+    loss = LossConfig(objective=Objective.LIGHTNING, correction=correction)
+    return dataclasses.replace(config, loss=loss, **changes)
+
+
 def poisoned(made, number):
     """The trainer, with a NaN in what the teacher said in the `number`-th batch that it draws."""
     draw, given = made._source.next_batch, itertools.count(1)
@@ -33,7 +40,7 @@ def poisoned(made, number):
     def next_batch():
         batch = draw()
         if next(given) == number:
-            batch.topk_logprob[0, 0] = torch.nan
+            batch.topk_logprob[0, 0] = batch.teacher_logprob[0] = torch.nan
         return batch
 
     made._source.next_batch = next_batch
@@ -42,13 +49,14 @@ def poisoned(made, number):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_failed_step_is_recorded_and_can_be_replayed(cache, models, tmp_path, every):
-    config = dataclasses.replace(CONFIG, proximal_every=every, save_every=2)
+    # PPO leaves the token out of the loss, though not out of the gradient.
+    config, what = (CONFIG, "loss") if every == 1 else (with_ppo(CONFIG, proximal_every=2), "gradient")
     seen = []
     # Five whole steps of two batches; the sixth step's second is bad.
     made = poisoned(trainer(cache, models["gpt2"], config, tmp_path / "out"), 12)
     draw = made._source.next_batch
     made._source.next_batch = lambda: seen.append(draw()) or seen[-1]
-    with pytest.raises(OpdError, match=r"step 6: loss is nan .*replay-step-00000006\.json") as caught:
+    with pytest.raises(OpdError, match=rf"step 6: {what} is nan .*replay-step-00000006\.json") as caught:
         made.run()
     assert made.step == 5
     failed = seen[10:12]
@@ -56,9 +64,9 @@ def test_a_failed_step_is_recorded_and_can_be_replayed(cache, models, tmp_path, 
     assert str(rows) in str(caught.value)
     path = tmp_path / "out/replay-step-00000006.json"
     report = json.loads(path.read_text())
-    assert (report["step"], report["reason"]) == (6, "loss is nan")
+    assert (report["step"], report["reason"]) == (6, f"{what} is nan")
     assert report["checkpoint"] == "step-00000004"
-    assert report["sums"]["loss"] == "nan"
+    assert report["sums"]["log_gap"] == "nan"
     assert report["sums"]["n"] > 0
     assert report["provenance"]["config"]["seed"] == CONFIG.seed
     (rank,) = report["ranks"]
@@ -73,24 +81,21 @@ def test_a_failed_step_is_recorded_and_can_be_replayed(cache, models, tmp_path, 
     assert_equal(weights(again.student), weights(made.student))
     for batch, expected in zip(batches, failed, strict=True):
         assert torch.equal(batch.row_ids, expected.row_ids)
-    losses = [
-        distill_loss(
-            config.loss,
-            hidden=response_hidden(again.student, batch),
-            lm_head=again.student.logits,
-            batch=batch,
-        ).loss.item()
-        for batch in batches
-    ]
-    assert [loss == loss for loss in losses] == [True, False]
+    finite = []
+    for batch in batches:
+        hidden = response_hidden(again.student, batch).detach().requires_grad_()
+        result = distill_loss(config.loss, hidden=hidden, lm_head=again.student.logits, batch=batch)
+        result.loss.backward()
+        finite.append(bool(torch.isfinite(result.loss) and torch.isfinite(hidden.grad).all()))
+    assert finite == [True, False]
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*")) == before
 
 
 def test_the_trainer_that_failed_replays_without_what_it_drew_ahead(cache, models, tmp_path):
-    config = dataclasses.replace(CONFIG, proximal_every=2, save_every=2)
+    config = with_ppo(CONFIG, proximal_every=2, save_every=2)
     # The first batch of step 5, with which those of step 6 are drawn.
     made = poisoned(trainer(cache, models["llama"], config, tmp_path / "out"), 9)
-    with pytest.raises(OpdError, match="step 5: loss is nan"):
+    with pytest.raises(OpdError, match="step 5: gradient is nan"):
         made.run()
     path = tmp_path / "out/replay-step-00000005.json"
     found = [batch.row_ids.tolist() for batch in made.replay(path)]
@@ -125,7 +130,7 @@ def test_out_of_memory_says_which_settings_help(cache, models, tmp_path, monkeyp
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand much more")
 
-    monkeypatch.setattr("opd_train.training.trainer.distill_loss", full)
+    monkeypatch.setattr("opd_train.training.passes.distill_loss", full)
     with pytest.raises(OpdError, match="step 1: out of memory") as caught:
         run(cache, models["llama"], out=tmp_path / "out")
     for part in ("head_chunk (is 7", "batch_tokens (is 60", "accumulate (is 2", "off, turn it on", "2 GiB"):
@@ -225,11 +230,11 @@ def test_a_run_leaves_no_threads_and_no_cycle(cache, models, every, stop):
     def source(lm):
         return CacheStream(cache, batch_tokens=60, epochs=None, workers=2)
 
-    config = dataclasses.replace(CONFIG, steps=4, proximal_every=every, save_every=0)
+    config = with_ppo(CONFIG, steps=4, proximal_every=every, save_every=0)
     made = trainer(cache, models["llama"], config, source=source, stop=stop)
     with pytest.raises(Stop) if stop else nullcontext():
         made.run()
-    assert made._source._executor is None
+    assert made._source._ahead is None
     left = weakref.ref(made)
     gc.disable()  # Reference counts alone have to do it.
     try:
@@ -245,23 +250,26 @@ def test_waiting_for_data_is_measured(cache, models):
     assert all(0 <= metrics["data_share"] < 1 for _, metrics in log)
 
 
-def test_proximal_log_probs_are_those_at_the_start_of_a_block(cache, models, tmp_path, monkeypatch):
-    import opd_train.training.trainer as module
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_proximal_log_probs_are_those_at_the_start_of_a_block(cache, models, monkeypatch, kind):
+    # GPT-2 has dropout, which is no part of the policy.
+    import opd_train.training.passes as module
 
     seen = []
 
     def spy(config, **kwargs):
+        assert made.student.model.training
         seen.append((made.step, kwargs["proximal_logprob"], kwargs["batch"]))
         return distill_loss(config, **kwargs)
 
     monkeypatch.setattr(module, "distill_loss", spy)
-    config = dataclasses.replace(CONFIG, steps=5, proximal_every=2, save_every=0, lr=1e-2)
-    made = trainer(cache, models["llama"], config)
+    config = with_ppo(CONFIG, steps=5, proximal_every=2, save_every=0, lr=1e-2)
+    made = trainer(cache, models[kind], config)
     expected = {0: weights(made.student)}
     made._on_step = lambda step, _: expected.setdefault(step, weights(made.student))
     made.run()
     assert [step for step, _, _ in seen] == [step for step in range(5) for _ in range(2)]
-    lm = trainer(cache, models["llama"]).student
+    lm = trainer(cache, models[kind]).student
     for step, proximal, batch in seen:
         lm.model.load_state_dict(expected[step - step % 2])
         with torch.no_grad():
@@ -272,14 +280,16 @@ def test_proximal_log_probs_are_those_at_the_start_of_a_block(cache, models, tmp
 
 
 def test_a_run_with_a_proximal_policy_resumes_bit_for_bit(cache, models, tmp_path):
-    config = dataclasses.replace(CONFIG, steps=7, proximal_every=3, save_every=3)
+    config = with_ppo(CONFIG, steps=7, proximal_every=3, save_every=3)
     whole, _ = run(cache, models["gpt2"], config)
     with pytest.raises(Stop):
         run(cache, models["gpt2"], config, tmp_path / "out", stop=5)
     resumed, _ = run(cache, models["gpt2"], config, tmp_path / "out")
     assert_equal(resumed, whole)
     with pytest.raises(InvalidArgumentError, match="save_every: expected a multiple of proximal_every 3"):
-        dataclasses.replace(CONFIG, proximal_every=3)
+        with_ppo(CONFIG, proximal_every=3)
+    with pytest.raises(InvalidArgumentError, match=r"proximal_every: expected 1, since .* 'token_tis'"):
+        dataclasses.replace(CONFIG, proximal_every=2)
 
 
 def test_autocast_trains_close_to_float32(cache, models):

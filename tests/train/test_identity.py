@@ -11,12 +11,14 @@ from opd_store import FormatError, InvalidArgumentError, MismatchError, ModelInf
 from opd_train import (
     CorrectionConfig,
     CorrectionKind,
+    LossConfig,
     Objective,
     check_cache,
+    default_loss,
     find_doubts,
-    resolve_objective,
     teacher_consistency,
 )
+from opd_train.objective.loss_config import require_topk
 from opd_train.training.identity import FIELDS
 
 OTHER = "sha256:" + "9" * 64
@@ -117,18 +119,17 @@ def test_an_unknown_field_cannot_be_allowed(student):
         check_cache(meta_of(student), student, allow=["vocabulary"])
 
 
-def test_default_objectives():
-    none, tis = CorrectionConfig(), CorrectionConfig(kind=CorrectionKind.TOKEN_TIS)
-    assert resolve_objective(None, None, topk=8) == (Objective.FORWARD_KL, none)
-    assert resolve_objective(None, None, topk=0) == (Objective.LIGHTNING, tis)
-    # As published, where it is asked for by name.
-    assert resolve_objective(Objective.LIGHTNING, None, topk=8) == (Objective.LIGHTNING, none)
-    assert resolve_objective(None, tis, topk=8) == (Objective.FORWARD_KL, tis)
-    assert resolve_objective(None, none, topk=0) == (Objective.LIGHTNING, none)
-    for objective in (Objective.FORWARD_KL, Objective.REVERSE_KL):
-        assert resolve_objective(objective, None, topk=1) == (objective, none)
-        with pytest.raises(InvalidArgumentError, match=f"'{objective.value}' needs top-k"):
-            resolve_objective(objective, None, topk=0)
+def test_default_losses():
+    tis = CorrectionConfig(kind=CorrectionKind.TOKEN_TIS)
+    assert default_loss(topk=1) == default_loss(topk=64) == LossConfig(objective=Objective.JSD)
+    assert default_loss(topk=0) == LossConfig(objective=Objective.LIGHTNING, correction=tis, clip=1.0)
+    for objective in Objective:
+        require_topk(objective, topk=1)
+        if objective.needs_topk:
+            with pytest.raises(InvalidArgumentError, match=f"'{objective.value}' needs top-k"):
+                require_topk(objective, topk=0)
+        else:
+            require_topk(objective, topk=0)
 
 
 def test_what_the_student_says_of_its_sft_teacher_counts_too(student):

@@ -335,6 +335,29 @@ def test_what_is_capped_does_not_depend_on_modifiers(batch, student, hidden, mod
     assert 0 < expected < 1
 
 
+@pytest.mark.parametrize("case", ["proximal", "student", "behaviour"])
+def test_what_is_capped_for_ppo_is_the_ratio_that_its_cap_holds(batch, student, hidden, case):
+    # The proximal policy is off the sampler by up to 2 nats, the student off the proximal one by 1 nat.
+    anchor = "behaviour" if case == "behaviour" else "current"
+    ppo = dataclasses.replace(PPO, low=0.0, high=1e6, cap=1.7, anchor=anchor)
+    with torch.no_grad():
+        sampled = student.logits(hidden).log_softmax(-1).gather(-1, batch.target_ids[:, None])[:, 0]
+        steps = torch.linspace(-1.0, 1.0, len(sampled))
+        drifts = torch.linspace(-2.0, 2.0, len(sampled)).roll(len(sampled) // 3)
+        given = dataclasses.replace(batch, behaviour_logprob=sampled - steps - drifts)
+        found = distill_loss(
+            config(Objective.LIGHTNING, ppo),
+            hidden=hidden,
+            lm_head=student.logits,
+            batch=given,
+            proximal_logprob=sampled - steps if case == "proximal" else None,
+        )
+    held = {"proximal": drifts, "student": steps + drifts, "behaviour": torch.zeros_like(drifts)}[case]
+    expected = (held.exp() >= 1.7)[batch.loss_mask].double().mean().item()
+    assert summarise(found.sums)["capped"] == pytest.approx(expected)
+    assert (0 < expected < 1) == (case != "behaviour")
+
+
 @pytest.mark.parametrize("kind", [kind for kind in CorrectionKind if kind not in ("ppo", "gspo")])
 @pytest.mark.parametrize("objective", [Objective.LIGHTNING, Objective.REVERSE_KL, Objective.CROSS_ENTROPY])
 def test_equal_policies_weigh_exactly_one(batch, student, hidden, objective, kind):

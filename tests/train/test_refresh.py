@@ -14,8 +14,10 @@ import opd_store
 from opd_store import InvalidArgumentError, MismatchError, SamplerInfo
 from opd_train import (
     CacheStream,
+    CorrectionConfig,
     DistillConfig,
     LiveSource,
+    LoraConfig,
     LossConfig,
     Objective,
     Prompt,
@@ -208,8 +210,10 @@ def test_a_run_killed_and_resumed_repeats_the_same_batches(models, teacher, tmp_
     assert opd_store.open(tmp_path / "cut").version == opd_store.open(tmp_path / "whole").version
 
 
-def test_in_the_trainer_a_killed_run_ends_bit_for_bit_the_same(models, teacher, tmp_path, start):
-    config = DistillConfig(loss=LossConfig(objective=Objective.FORWARD_KL), steps=7, lr=3e-3, save_every=2)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3, alpha=6)], ids=["all", "lora"])
+def test_in_the_trainer_a_killed_run_ends_bit_for_bit_the_same(models, teacher, tmp_path, start, lora):
+    loss = LossConfig(objective=Objective.FORWARD_KL, correction=CorrectionConfig(kind="token_tis", cap=5.0))
+    config = DistillConfig(loss=loss, steps=7, lr=1e-2, save_every=2, lora=lora)
     refresh = RefreshConfig(rollouts=6, every=3)
 
     class Stop(Exception):
@@ -219,7 +223,8 @@ def test_in_the_trainer_a_killed_run_ends_bit_for_bit_the_same(models, teacher, 
         student = load_causal_lm(models["llama"])
         made = source(student, teacher, out / "own", refresh, start=start)
 
-        def on_step(step, _):
+        def on_step(step, metrics):
+            ratios[step] = metrics["ratio_mean"], metrics["ess"]
             if step == stop:
                 raise Stop
 
@@ -227,7 +232,11 @@ def test_in_the_trainer_a_killed_run_ends_bit_for_bit_the_same(models, teacher, 
         trainer.run()
         return trainer.student.model.state_dict()
 
+    ratios = {}
     expected = run(tmp_path / "whole")
+    # What was sampled is the student's as it was then, adapters included.
+    assert [ratios[step] for step in (4, 7)] == [pytest.approx((1, 1), abs=1e-4)] * 2
+    assert ratios[6] != pytest.approx((1, 1), abs=1e-2)
     for stop in (4, 5):
         with pytest.raises(Stop):
             run(tmp_path / "cut", stop)

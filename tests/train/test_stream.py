@@ -509,7 +509,9 @@ def test_few_batches_are_alive(blocks):
         held = batch
         del batch
         # So that the thread is as far ahead as it will be.
-        assert eventually(lambda: not reader._building or reader._building[0][1].__self__.done())
+        assert eventually(
+            lambda: not reader._ahead._building or reader._ahead._building[0][1].__self__.done()
+        )
     assert held is not None
     assert reader.assembler.most <= 3
     assert len(reader.assembler.prefetched) == len(reader)
@@ -753,7 +755,7 @@ def test_fewer_batches_are_announced_where_they_are_large(blocks, monkeypatch):
     assert stream(blocks).prefetch_batches == 8
     batch_bytes = 50 * blocks.n_bytes / blocks.n_tokens
     for n_bytes, most in ((3.5 * batch_bytes, 3), (1, 1)):
-        monkeypatch.setattr("opd_train.data.stream.PREFETCH_BYTES", n_bytes)
+        monkeypatch.setattr("opd_train.data.ahead.PREFETCH_BYTES", n_bytes)
         assert stream(blocks).prefetch_batches == most
         assert flat(stream(blocks)) == flat(stream(blocks, workers=0))
 

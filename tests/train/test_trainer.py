@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -37,10 +39,11 @@ from opd_train import (
     Prompt,
     load_causal_lm,
 )
-from opd_train.models import read_provenance
+from opd_train.model_identity import read_provenance
 from opd_train.training.checkpoint import read_state
 from opd_train.training.export import save_model
-from opd_train.training.run_directory import latest_checkpoint
+from opd_train.training.monitors import DriftConfig, DriftMonitor
+from opd_train.training.run_directory import append_metrics, latest_checkpoint, read_metrics
 from opd_train.training.trainer import learning_rate
 
 
@@ -395,16 +398,43 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache, models, monkeypatch):
         run(cache, models["llama"])
 
 
-def test_a_masked_batch_does_not_stop_the_run(teacher, models, tmp_path):
-    rollouts = [
-        dataclasses.replace(r, loss_mask=torch.zeros(r.response_len, dtype=torch.bool).numpy())
-        for r in random_rollouts(3)
-    ]
-    cache = scored_cache(tmp_path / "cache", teacher, rollouts, topk=6)
-    config = dataclasses.replace(CONFIG, steps=2, weight_decay=0.0, save_every=0)
-    after, metrics = run(cache, models["llama"], config, batch_rollouts=1)
-    assert metrics["loss"] == metrics["grad_norm"] == 0
-    assert_equal(after, weights(loaded(models["llama"])))
+def test_a_step_without_a_counted_token_changes_nothing(cache, models):
+    config = dataclasses.replace(CONFIG, steps=4, accumulate=1, weight_decay=0.5, save_every=0)
+    log, seen = [], []
+    made = trainer(cache, models["llama"], config, log=log)
+    draw = made._source.next_batch
+
+    def next_batch():
+        # Weight decay and, from the second step on, momentum would move the weights.
+        seen.append(weights(made.student))
+        batch = draw()
+        masked = torch.zeros_like(batch.loss_mask)
+        return dataclasses.replace(batch, loss_mask=masked) if len(seen) in (1, 3) else batch
+
+    made._source.next_batch = next_batch
+    made.run()
+    after = [*seen[1:], weights(made.student)]
+    assert [metrics["skipped"] for _, metrics in log] == [1, 0, 1, 0]
+    assert [metrics["loss"] == metrics["grad_norm"] == 0 for _, metrics in log] == [True, False, True, False]
+    for step, (left, right) in enumerate(zip(seen, after, strict=True)):
+        same = all(torch.equal(left[name], right[name]) for name in left)
+        assert same == (step in (0, 2)), step
+
+
+def test_metrics_that_are_not_finite_are_null_in_the_file(tmp_path):
+    row = {"step": 1, "loss": math.nan, "gap": -math.inf, "ess": 0.5, "alarms": [{"value": math.inf}]}
+    append_metrics(tmp_path, row)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    # NaN and Infinity are no JSON, though Python reads them.
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found == {"step": 1, "loss": None, "gap": None, "ess": 0.5, "alarms": [{"value": None}]}
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read["loss"])
+    assert read["ess"] == 0.5
+    # As at the step itself, it raises the alarm.
+    monitor = DriftMonitor(DriftConfig(smooth_steps=1))
+    monitor.replay([read | {"ess": read["loss"]}])
+    assert monitor.active == ("ess_min",)
 
 
 def test_a_source_that_ends_early(cache, models):

@@ -118,8 +118,8 @@ def refreshing_source(
 
     if not options["teacher"] or not options["prompts"]:
         raise InvalidArgumentError("--refresh-every and --refresh-on-drift need --teacher and --prompts")
-    if options["world"].size > 1 or options["lora_rank"] is not None:
-        raise InvalidArgumentError("--refresh-* samples from all of the student's weights in one process")
+    if options["world"].size > 1:
+        raise InvalidArgumentError("--refresh-* samples in one process; start it without torchrun")
     if loss.objective.needs_draws:
         raise InvalidArgumentError(
             f"--refresh-* scores no draws, which objective {loss.objective.value!r} needs; leave it out"

@@ -47,7 +47,8 @@ _OPTIONS = (
     click.option(
         "--objective",
         type=click.Choice(OBJECTIVES),
-        help="What to minimise. Default: forward_kl if the cache has top-k, else lightning with token_tis.",
+        help="What to minimise. Default: jsd if the cache has top-k, else lightning with token_tis and a "
+        "clip of 1.",
     ),
     click.option(
         "--correction",
@@ -69,7 +70,12 @@ _OPTIONS = (
         show_default=True,
         help="Divide importance weights by their mean over a batch's tokens or rollouts.",
     ),
-    click.option("--clip", default=10.0, show_default=True, help="Largest advantage of lightning, in nats."),
+    click.option(
+        "--clip",
+        type=float,
+        help="Largest advantage of lightning, in nats. Default: 10, as published; 1 if the objective is "
+        "left open.",
+    ),
     click.option("--chosen-ids", is_flag=True, help="Compare on the cache's chosen ids, not on its top-k."),
     click.option(
         "--loss",
@@ -99,7 +105,8 @@ def read_loss(options: dict[str, Any], *, topk: int, chosen: int = 0) -> LossCon
     Raises:
         InvalidArgumentError: settings that do not go together, or an objective without what it needs.
     """
-    from opd_train import CorrectionConfig, CorrectionKind, LossConfig, Objective, resolve_objective
+    from opd_train import CorrectionConfig, CorrectionKind, LossConfig, Objective, default_loss
+    from opd_train.objective.loss_config import require_topk
 
     if options["loss"] is not None:
         context = click.get_current_context()
@@ -111,20 +118,20 @@ def read_loss(options: dict[str, Any], *, topk: int, chosen: int = 0) -> LossCon
         except (OSError, ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{options['loss']}: not JSON: {error!s:.200}") from error
         loss = LossConfig.from_json(fields, where=str(options["loss"]))
-        resolve_objective(loss.objective, loss.correction, topk=_ids(loss.chosen_ids, topk, chosen))
+        require_topk(loss.objective, topk=_ids(loss.chosen_ids, topk, chosen))
         return loss
-    objective = Objective(options["objective"]) if options["objective"] else None
-    correction = None
+    topk = _ids(options["chosen_ids"], topk, chosen)
+    loss = default_loss(topk=topk)
+    if options["objective"]:
+        loss = LossConfig(objective=Objective(options["objective"]))
+    correction = loss.correction
     if options["correction"]:
         correction = CorrectionConfig(kind=CorrectionKind(options["correction"]))
-    found, correction = resolve_objective(
-        objective, correction, topk=_ids(options["chosen_ids"], topk, chosen)
-    )
     given = {name: options[name] for name in ("cap", "low", "high") if options[name] is not None}
     correction = dataclasses.replace(correction, normalise=options["normalise"], **given)
-    return LossConfig(
-        objective=found, correction=correction, clip=options["clip"], chosen_ids=options["chosen_ids"]
-    )
+    clip = loss.clip if options["clip"] is None else options["clip"]
+    require_topk(loss.objective, topk=topk)
+    return dataclasses.replace(loss, correction=correction, clip=clip, chosen_ids=options["chosen_ids"])
 
 
 def _ids(chosen_ids: bool, topk: int, chosen: int) -> int:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from opd_store import CacheMeta, InvalidArgumentError
+from opd_store import InvalidArgumentError
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, access_options, command, load_model, printable
-from opd_tools.drift import (
-    NEEDED,
-    REFRESH_OPTIONS,
-    drift_options,
-    is_refreshing,
-    look_before_start,
-    refreshing_source,
-    show_alarm,
-    split_allowed,
-)
-from opd_tools.loss_options import loss_options, read_loss
+from opd_tools.drift import drift_options, show_alarm
+from opd_tools.idle_options import refuse_idle_of_mode
+from opd_tools.loss_options import loss_options
+from opd_tools.train_source import live_source, offline_source
 
 if TYPE_CHECKING:
-    from opd_train import CausalLM, LossConfig, Stopwatch
     from opd_train.training.config import LoraConfig
-    from opd_train.training.trainer import BatchSource
 
 
 @click.command("train")
@@ -46,7 +35,12 @@ if TYPE_CHECKING:
 @click.option("--warmup-steps", default=0, show_default=True, help="Steps of linear warm-up.")
 @click.option("--weight-decay", default=0.1, show_default=True, help="AdamW weight decay.")
 @click.option("--grad-clip", default=1.0, show_default=True, help="Largest gradient norm; 0 for none.")
-@click.option("--batch-tokens", default=16384, show_default=True, help="Most tokens per batch.")
+@click.option(
+    "--batch-tokens",
+    default=16384,
+    show_default=True,
+    help="Most tokens per batch; with --live, padded tokens of one pass of the teacher.",
+)
 @click.option(
     "--batch-rollouts", type=AT_LEAST_1, help="Most rollouts per batch; with --live, exactly so many."
 )
@@ -148,15 +142,7 @@ def train(cache: str | None, student: str, out: str, live: bool, device: str, **
 
     if live == (cache is not None):
         raise InvalidArgumentError("give either CACHE, or --live with --teacher and --prompts")
-    if live:
-        _refuse_options((*_OFFLINE_ONLY, *REFRESH_OPTIONS), "--live")
-    elif is_refreshing(options):
-        _refuse_options(("topk",), "--refresh-*, which scores as many ranks as CACHE has")
-    else:
-        _refuse_options(_LIVE_ONLY, "a CACHE")
-        _refuse_options(REFRESH_OPTIONS[2:], "neither --refresh-every nor --refresh-on-drift")
-    if options["lora_rank"] is None:
-        _refuse_options(("lora_alpha", "lora_targets"), "all weights trained (no --lora-rank)")
+    refuse_idle_of_mode(options, live=live)
     with join_world(device) as world:
         if live and world.size > 1:
             raise InvalidArgumentError("--live samples in one process; start it without torchrun")
@@ -178,7 +164,7 @@ def _train(
     place = device if world.device is None else str(world.device)
     lm = load_model(student, dtype="float32", device=place, attention=options["attention"])
     stopwatch = Stopwatch()
-    prepare = _live if live else _offline
+    prepare = live_source if live else offline_source
     source, fields, provenance = prepare(cache, lm, stopwatch, options)
     config = DistillConfig(
         steps=options["steps"],
@@ -229,159 +215,8 @@ def _lora(options: dict[str, Any]) -> LoraConfig | None:
     return LoraConfig(rank=rank, alpha=options["lora_alpha"] or 2 * rank, targets=targets)
 
 
-_OFFLINE_ONLY = (
-    *("ranks", "workers", "shuffle", "window", "too_long"),
-    *("storage_options", "cache_dir", "cache_gib"),
-)
-_LIVE_ONLY = (*NEEDED, "topk")
-
-
-def _refuse_options(names: tuple[str, ...], mode: str) -> None:
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if option.name in names and given:
-            raise InvalidArgumentError(f"{option.opts[0]} has no effect with {mode}; leave it out")
-
-
-def _refuse_idle_options(options: dict[str, Any], loss: LossConfig) -> None:
-    """Refuse what this loss and this order do not read."""
-    if not loss.objective.needs_topk or loss.chosen_ids:
-        # 0 has an effect: it chooses the objective.
-        for name in ("ranks", "topk"):
-            if options[name]:
-                _refuse_options((name,), f"objective {loss.objective.value}, which compares on no top-k")
-    kind = loss.correction.kind.value
-    if kind != "ppo":
-        _refuse_options(("proximal_every",), f"correction {kind}")
-    if kind == "none":
-        _refuse_options(("normalise",), "correction none")
-    if options["shuffle"] != "block":
-        _refuse_options(("window",), f"--shuffle {options['shuffle']}")
-
-
 def progress_line(metrics: dict[str, float]) -> str:
     """The figures worth watching, in one line."""
     names = {"loss": "loss", "forward_kl": "KL", "log_gap": "gap", "ess": "ESS", "ratio_mean": "ratio"}
     shown = [f"{label} {metrics[name]:.4g}" for name, label in names.items() if name in metrics]
     return ", ".join([*shown, f"{metrics['tokens_per_s']:,.0f} tokens/s"])
-
-
-Prepared = tuple["BatchSource", dict[str, Any], dict[str, Any]]
-
-
-def _offline(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
-    import opd_store
-    from opd_train import CacheStream, Objective, check_cache
-
-    assert uri is not None
-    cache = opd_store.open(uri, **options["access"])
-    topk = cache.topk if options["ranks"] is None else options["ranks"]
-    fields = {"loss": read_loss(options, topk=topk, chosen=cache.schema.chosen)}
-    _refuse_idle_options(options, fields["loss"])
-    distilled = fields["loss"].objective is not Objective.CROSS_ENTROPY
-    teacher_used = distilled or fields["loss"].correction.needs_advantage
-    allow, allow_start = split_allowed(options["allow_mismatch"])
-    allowed = check_cache(cache.meta, lm, allow=allow, teacher_used=teacher_used)
-    if fields["loss"].correction.needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
-        raise InvalidArgumentError(
-            f"{cache.uri}: correction {fields['loss'].correction.kind.value!r} needs behaviour_logprob, "
-            "which row 0 lacks; "
-            "score again with --reference, or pass --correction none"
-        )
-    needs_topk = fields["loss"].objective.needs_topk and not fields["loss"].chosen_ids
-    look_before_start(
-        cache,
-        lm,
-        fields["loss"],
-        options["out"],
-        allow_start,
-        teacher_used=teacher_used,
-        speak=options["world"].first,
-    )
-    ranks = options["ranks"] if needs_topk else 0
-    source: BatchSource
-    if is_refreshing(options):
-        source = refreshing_source(cache, lm, stopwatch, options, loss=fields["loss"], ranks=ranks)
-    else:
-        source = CacheStream(
-            cache,
-            batch_tokens=options["batch_tokens"],
-            batch_rollouts=options["batch_rollouts"],
-            seed=options["seed"],
-            rank=options["world"].rank,
-            world_size=options["world"].size,
-            ranks=ranks,
-            epochs=None,
-            device=lm.device,
-            vocab_size=lm.vocab_size,
-            context=lm.context,
-            workers=options["workers"],
-            shuffle=options["shuffle"],
-            window=options["window"],
-            too_long=options["too_long"],
-            draws=fields["loss"].objective.needs_draws,
-            chosen=fields["loss"].chosen_ids,
-        )
-    teacher = cache.meta.sft_teacher
-    if not distilled:
-        teacher = cache.meta.behaviour
-    provenance = {
-        "cache": cache.digest,
-        "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
-        "doubts": _report_doubts(cache.meta, lm, options),
-        "sft_teacher": None if teacher is None else teacher.to_json(),
-    }
-    return source, fields, provenance
-
-
-def _report_doubts(meta: CacheMeta, lm: CausalLM, options: dict[str, Any]) -> list[str]:
-    from opd_train import find_doubts
-
-    doubts = find_doubts(meta, lm)
-    for doubt in doubts if options["world"].first else ():
-        click.echo(f"opd: note: {doubt}", err=True)
-    return doubts
-
-
-def _live(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options: dict[str, Any]) -> Prepared:
-    from opd_store import SamplerInfo
-    from opd_train import LiveSource, check_cache, read_prompts
-
-    if not options["teacher"] or not options["prompts"]:
-        raise InvalidArgumentError("--live needs --teacher and --prompts")
-    teacher = load_model(options["teacher"], dtype="float32", device=str(lm.device))
-    fields = {"loss": read_loss(options, topk=min(options["topk"], teacher.vocab_size))}
-    _refuse_idle_options(options, fields["loss"])
-    if fields["loss"].objective.needs_draws:
-        raise InvalidArgumentError(
-            "--live draws no ids, which objective 'random_sampling_kd' needs; give a CACHE"
-        )
-    described = CacheMeta(
-        vocab_size=teacher.vocab_size,
-        tokenizer_fingerprint=teacher.tokenizer_fingerprint,
-        chat_template_digest=teacher.chat_template_digest,
-        teacher=teacher.info,
-        sft_teacher=lm.sft_teacher,
-    )
-    allowed = check_cache(described, lm, allow=options["allow_mismatch"])
-    sampler = SamplerInfo(
-        max_new_tokens=options["max_new_tokens"], seed=options["seed"], stop_token_ids=lm.stop_token_ids
-    )
-    source = LiveSource(
-        lm,
-        teacher,
-        read_prompts(options["prompts"], lm),
-        sampler,
-        batch_rollouts=options["batch_rollouts"] or 64,
-        topk=min(options["topk"], teacher.vocab_size) if fields["loss"].objective.needs_topk else 0,
-        batch_tokens=options["batch_tokens"],
-        stopwatch=stopwatch,
-    )
-    provenance = {
-        "live_teacher": teacher.info.to_json(),
-        "allowed_mismatches": [dataclasses.asdict(mismatch) for mismatch in allowed],
-        "doubts": _report_doubts(described, lm, options),
-        "sft_teacher": lm.sft_teacher and lm.sft_teacher.to_json(),
-    }
-    return source, fields, provenance
