@@ -28,6 +28,7 @@ from paper.world import TEACHERS, World
 
 def prepare(root: Path, seed: int, students: list[str]) -> None:
     """Models of one seed."""
+    quiet_libraries()
     torch.set_num_threads(1)
     world = World(root, seed)
     if not (world.path / "opd.jsonl").exists():
@@ -44,7 +45,6 @@ def prepare(root: Path, seed: int, students: list[str]) -> None:
 def work(root: Path, seed: int, methods: list[Method]) -> None:
     """All of one seed, in one process: two would make the same caches twice."""
     quiet_libraries()
-    prepare(root, seed, sorted({method.student for method in methods}))
     for method in methods:
         if not result_path(root, method, seed).exists():
             started = time.perf_counter()
@@ -62,11 +62,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="directory for the figures")
     args = parser.parse_args(argv)
     methods = [method for name in args.groups.split(",") for method in GROUPS[name]]
+    seeds = range(args.seeds)
+    students = {
+        seed: sorted({m.student for m in methods if m.pair in (None, seed)})
+        for seed in {*seeds, *(m.pair for m in methods if m.pair is not None)}
+    }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        for future in [pool.submit(work, args.runs, seed, methods) for seed in range(args.seeds)]:
+        for future in [pool.submit(prepare, args.runs, seed, names) for seed, names in students.items()]:
             future.result()
-    seeds = range(args.seeds)
+        for future in [pool.submit(work, args.runs, seed, methods) for seed in seeds]:
+            future.result()
     print(machine.header(packages=("torch", "transformers", "numpy")), f"\nseeds 0 to {args.seeds - 1}\n")
     for title, (columns, rows) in tables.all_tables(args.runs, seeds).items():
         print(f"{title}\n\n{machine.table(columns, rows)}\n")

@@ -27,6 +27,8 @@ class Method:
     teacher: str = "teacher"
     sampler: str = "full"
     lr: float = LR
+    pair: int | None = None
+    """Teacher and student are those of this seed, for all seeds; None gives each seed its own."""
 
     @property
     def key(self) -> str:
@@ -134,10 +136,14 @@ CONSISTENCY = tuple(
     for teacher in ("teacher", "other-teacher")
     for method in (LIVE_METHODS[0], CORRECTIONS[0], _TIS, _TIGHT, _PREFIX_IS, _FORWARD, _REVERSE, _JSD)
 )
+ONE_PAIR = tuple(
+    replace(method, pair=0) for method in (*LIVE_METHODS[:2], CORRECTIONS[0], _TIS, _TIGHT, _FORWARD, _JSD)
+)
 GROUPS = {
     "main": (*LIVE_METHODS, *CORRECTIONS, *TOPK_METHODS),
     "truncated": TRUNCATED,
     "rate": BY_RATE,
     "distance": BY_DISTANCE,
     "consistency": CONSISTENCY,
+    "one-pair": ONE_PAIR,
 }

@@ -54,7 +54,7 @@ def run(root: Path, method: Method, seed: int) -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    world = World(root, seed)
+    world = World(root, seed, method.pair)
     student = world.model(method.student)
     stopwatch = Stopwatch()
     refused = False

@@ -34,9 +34,15 @@ TEACHERS = ("teacher", "other-teacher")
 class World:
     """Everything one seed's trainings start from."""
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self.path, self.seed = root / f"seed-{seed}", seed
-        self.path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, root: Path, seed: int, pair: int | None = None) -> None:
+        """
+        Args:
+            pair: the seed whose models and problems these are, to be trained on rollouts of `seed`'s own.
+        """
+        self.seed = seed
+        self.path = root / f"seed-{seed if pair is None else pair}"
+        self._rollouts = self.path if pair in (None, seed) else self.path / f"rollouts-{seed}"
+        self._rollouts.mkdir(parents=True, exist_ok=True)
 
     def model(self, name: str) -> CausalLM:
         """A teacher, or a student `<distance>-of-<teacher>`."""
@@ -90,8 +96,8 @@ class World:
 
     def cache(self, student: str, teacher: str, sampler: str) -> tuple[Path, dict[str, float]]:
         """A scored cache of a student's rollouts, and the seconds that its two steps took."""
-        uri = self.path / f"cache-{student}-{teacher}-{sampler}"
-        rollouts = self.path / f"rollouts-{student}-{sampler}"
+        uri = self._rollouts / f"cache-{student}-{teacher}-{sampler}"
+        rollouts = self._rollouts / f"rollouts-{student}-{sampler}"
         sampling = self._timed(
             rollouts,
             lambda: roll_out(

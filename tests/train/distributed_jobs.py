@@ -18,7 +18,15 @@ from train.training import CONFIG, Stop, run, trainer
 
 import opd_store
 from opd_store import OpdError
-from opd_train import CacheStream, DistillConfig, LossConfig, Objective, Trainer, load_causal_lm
+from opd_train import (
+    CacheStream,
+    DistillConfig,
+    LossConfig,
+    Objective,
+    Trainer,
+    default_loss,
+    load_causal_lm,
+)
 from opd_train.training.config import LoraConfig
 from opd_train.training.distributed import join_world
 
@@ -32,7 +40,7 @@ SCENARIOS = {
 }
 """What differs from `CONFIG`, by name; a name that no model has means "llama"."""
 STEPS = 6
-COMMAND = DistillConfig(loss=LossConfig(objective=Objective.FORWARD_KL), steps=25, lr=3e-3, save_every=4)
+COMMAND = DistillConfig(loss=default_loss(topk=6), steps=25, lr=3e-3, save_every=4)
 
 
 class Dealt:

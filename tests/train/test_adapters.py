@@ -38,6 +38,7 @@ from opd_train import (
     LossConfig,
     Objective,
     collate,
+    default_loss,
     load_causal_lm,
     score_cache,
 )
@@ -323,7 +324,9 @@ def _process(rank, meeting, uri, student, out, results):
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     torch.save((weights(trainer.model), norms(trainer)), f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Freeing the reducer joins gloo's thread with the interpreter's lock held, which that thread may wait for.
+    os._exit(0)
 
 
 def test_two_processes_equal_one(cache, models, tmp_path):
@@ -400,7 +403,7 @@ def test_an_objective_that_needs_topk_from_a_cache_without(teacher, models, tmp_
     with pytest.raises(InvalidArgumentError, match="needs top-k, but this cache stores none"):
         hf_trainer(bare, models["llama"], tmp_path, loss=LOSSES["forward_kl"])
     trainer = hf_trainer(bare, models["llama"], tmp_path)
-    assert trainer.loss_config == LOSSES["lightning"]
+    assert trainer.loss_config == default_loss(topk=0)
 
 
 def test_ids_that_the_collator_has_to_bring(teacher, models, tmp_path):
