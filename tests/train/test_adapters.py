@@ -325,7 +325,7 @@ def _process(rank, meeting, uri, student, out, results):
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     torch.save((weights(trainer.model), norms(trainer)), f"{results}/{rank}.pt")
     torch.distributed.barrier()
-    # Freeing the reducer joins gloo's thread with the interpreter's lock held, which that thread may wait for.
+    # Freeing the reducer waits for a thread of gloo, with the lock held that this thread may wait for.
     os._exit(0)
 
 
