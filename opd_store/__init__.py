@@ -29,10 +29,18 @@ from opd_store.errors import (
 from opd_store.gather import Packed, gather
 from opd_store.hashing import rollout_hash, tokenizer_fingerprint
 from opd_store.layout import NO_ID
-from opd_store.meta import CacheMeta, ModelInfo, SamplerInfo, diff_meta, teacher_consistency
+from opd_store.meta import (
+    RENORMALISED_TOPK,
+    CacheMeta,
+    ModelInfo,
+    SamplerInfo,
+    diff_meta,
+    teacher_consistency,
+)
 from opd_store.rollout import Rollout
 from opd_store.schema import CacheSchema, Cut
 from opd_store.select import join, select, split
+from opd_store.snapshot import snapshot
 from opd_store.verify import VerifyReport, verify
 from opd_store.writer import Version, Writer
 
@@ -41,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ENCODINGS",
     "NO_ID",
+    "RENORMALISED_TOPK",
     "Cache",
     "CacheExistsError",
     "CacheMeta",
@@ -79,6 +88,7 @@ __all__ = [
     "open",
     "rollout_hash",
     "select",
+    "snapshot",
     "split",
     "teacher_consistency",
     "tokenizer_fingerprint",

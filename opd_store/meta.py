@@ -17,6 +17,10 @@ from opd_store import layout
 from opd_store.errors import FormatError, InvalidArgumentError
 from opd_store.hashing import digest_to_raw
 
+RENORMALISED_TOPK = "renormalised_topk"
+"""`ModelInfo.logprob_mode` of log-probs that sum to 1 over the stored ranks, because what is outside was lost
+before they came here. Their `log_tail` of -inf says nothing about the teacher."""
+
 T = TypeVar("T")
 _hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
@@ -37,7 +41,8 @@ class ModelInfo:
     logprob_temperature: float | None = None
     """Temperature the stored log-probs were computed at; 1.0 is the raw distribution."""
     logprob_mode: str | None = None
-    """"raw" (before any sampling rule) or "processed" (after temperature, top-p and the rest)."""
+    """"raw" (before any sampling rule), "processed" (after temperature, top-p and the rest) or
+    `RENORMALISED_TOPK`."""
 
     def __post_init__(self) -> None:
         if self.weights_digest is not None:

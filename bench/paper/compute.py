@@ -18,20 +18,22 @@ from paper.world import World
 ACTIVITIES = ("sampling", "teacher", "student", "data")
 
 
-def rounds(
-    root: Path, live: Method, offline: Method, n: int
-) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """Seconds by activity of both, in turn; offline from nothing, the cache included."""
-    torch.set_num_threads(1)
-    return [(_seconds(root, live), _seconds(root, offline)) for _ in range(n)]
-
-
-def _seconds(root: Path, method: Method) -> dict[str, float]:
+def _seconds(root: Path, method: Method, teacher_hidden: int | None) -> dict[str, float]:
+    """Of one run, by activity; offline from nothing, the cache included."""
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as directory:
         world = World(Path(directory), 0)
-        for name in (method.student, method.teacher):
-            shutil.copytree(root / "seed-0" / name, world.path / name)
+        shutil.copytree(root / "seed-0" / method.student, world.path / method.student)
+        if teacher_hidden is None:
+            shutil.copytree(root / "seed-0" / method.teacher, world.path / method.teacher)
+        else:
+            world.create(
+                method.teacher,
+                hidden=teacher_hidden,
+                intermediate=3 * teacher_hidden,
+                heads=teacher_hidden // 32,
+                seed=0,
+            )
         shutil.copy(root / "seed-0" / "opd.jsonl", world.path)
         student = world.model(method.student)
         if method.live:
@@ -47,11 +49,17 @@ def _seconds(root: Path, method: Method) -> dict[str, float]:
 
 
 def compute_table(
-    root: Path, live: Method, offline: Method, n: int = 3
+    root: Path, live: Method, offline: Method, *, teacher_hidden: int | None = None, n: int = 3
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]], float]:
-    """Columns and rows of seconds, medians of rounds, and the median ratio of live to offline."""
+    """Columns and rows of seconds, medians of rounds in turn, and the median ratio of live to offline.
+
+    Args:
+        teacher_hidden: width of a teacher to take instead, with random weights, which cost what others do.
+    """
     torch.set_num_threads(1)
-    found = [(_seconds(root, live), _seconds(root, offline)) for _ in range(n)]
+    found = [
+        (_seconds(root, live, teacher_hidden), _seconds(root, offline, teacher_hidden)) for _ in range(n)
+    ]
     rows = []
     for name, place in ((live.name, 0), (f"offline: {offline.name}", 1)):
         medians = [statistics.median(pair[place][activity] for pair in found) for activity in ACTIVITIES]

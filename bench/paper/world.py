@@ -68,7 +68,7 @@ class World:
             for name in ("test", "validation")
             for line in (self.path / f"{name}.jsonl").read_text().splitlines()
         ]
-        lm = self._create("teacher.new", hidden=128, intermediate=384, heads=4, seed=self.seed)
+        lm = self.create("teacher.new", hidden=128, intermediate=384, heads=4, seed=self.seed)
         shown = problems(N_TEACHER, seed=100 * self.seed + 10, exclude=held_out)
         data = task.examples(lm.tokenizer, shown, 0.0, seed=self.seed)
         models.train_supervised(lm, data, steps=350, lr=3e-3, warmup=50, seed=self.seed, final_share=0.05)
@@ -87,7 +87,7 @@ class World:
             prompts = self.prompts("sft", teacher_lm)
             roll_out(teacher_lm, prompts, uri, _sampler("full", self.seed), batch_rows=512)
         data = [(sample.token_ids.tolist(), sample.prompt_len) for sample in opd_store.open(uri)]
-        lm = self._create(f"{name}.new", hidden=32, intermediate=96, heads=2, seed=1000 + self.seed)
+        lm = self.create(f"{name}.new", hidden=32, intermediate=96, heads=2, seed=1000 + self.seed)
         validation = self.prompts("validation", lm)
         fit = Fit(lm, data, self.seed)
         steps = fit.until(STUDENTS[distance], lambda: accuracy(lm, validation))
@@ -133,7 +133,8 @@ class World:
             record.write_text(json.dumps(time.perf_counter() - started))
         return float(json.loads(record.read_text()))
 
-    def _create(self, name: str, *, hidden: int, intermediate: int, heads: int, seed: int) -> CausalLM:
+    def create(self, name: str, *, hidden: int, intermediate: int, heads: int, seed: int) -> CausalLM:
+        """A model of two layers with random weights."""
         torch.manual_seed(seed)
         path = self.path / name
         tokenizer = task.build_tokenizer(path)

@@ -65,6 +65,7 @@ METHODS = (
     ),
     Method(name="top-8 with tail, forward KL", objective=Objective.FORWARD_KL),
     Method(name="top-8 with tail, reverse KL", objective=Objective.REVERSE_KL),
+    Method(name="top-8 with tail, JSD (default)", objective=Objective.JSD),
     Method(name="inconsistent teacher, w = 1", objective=Objective.LIGHTNING, teacher="other-teacher"),
     Method(name="inconsistent teacher, forward KL", objective=Objective.FORWARD_KL, teacher="other-teacher"),
 )

@@ -83,7 +83,13 @@ class DistillLossMixin:
         else:
             _require_values(loss, data_collator)
         teacher_used = loss.objective is not Objective.CROSS_ENTROPY
-        allowed = check_cache(meta, model, allow=allow_mismatch, teacher_used=teacher_used)
+        allowed = check_cache(
+            meta,
+            model,
+            allow=allow_mismatch,
+            teacher_used=teacher_used,
+            renormalised=loss.objective.renormalised,
+        )
         if data_collator.vocab_size > model.vocab_size:
             raise InvalidArgumentError(
                 f"data_collator: allows ids below {data_collator.vocab_size}, but the student has "

@@ -46,6 +46,11 @@ class Objective(StrEnum):
         return self is Objective.RANDOM_SAMPLING_KD
 
     @property
+    def renormalised(self) -> bool:
+        """Whether both sides are renormalised over the top-k, so that the mass outside is not read."""
+        return self in _RENORMALISED
+
+    @property
     def dense(self) -> bool:
         """Whether a position's loss is one of distributions, whichever token was drawn there."""
         return self.needs_topk or self.needs_draws
@@ -61,7 +66,7 @@ _TOPK = frozenset(
         Objective.RENORMALISED_REVERSE_KL,
     }
 )
-_AT_ANY_TEMPERATURE = frozenset({Objective.RENORMALISED_FORWARD_KL, Objective.RENORMALISED_REVERSE_KL})
+_RENORMALISED = frozenset({Objective.RENORMALISED_FORWARD_KL, Objective.RENORMALISED_REVERSE_KL})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +104,7 @@ class LossConfig:
             )
         if self.teacher_weights and not sum(self.teacher_weights):
             raise InvalidArgumentError("teacher_weights: expected one above 0")
-        if self.temperature != 1 and self.objective not in _AT_ANY_TEMPERATURE:
+        if self.temperature != 1 and not self.objective.renormalised:
             raise InvalidArgumentError(
                 f"temperature: {self.temperature} with objective {self.objective.value!r}, which knows the "
                 "teacher at temperature 1 only (a tail cannot be taken to another); use 1, or a renormalised "

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from opd_store import CacheMeta, InvalidArgumentError, MismatchError, teacher_consistency
+from opd_store import RENORMALISED_TOPK, CacheMeta, InvalidArgumentError, MismatchError, teacher_consistency
 from opd_train.models import CausalLM
 
 FIELDS = (
@@ -14,6 +14,7 @@ FIELDS = (
     "vocab_size",
     "chat_template_digest",
     "teacher_temperature",
+    "logprob_mode",
     "teacher_consistency",
 )
 """What `check_cache` compares, and what may be named to be ignored."""
@@ -29,11 +30,14 @@ class Mismatch:
     remedy: str
 
 
-def find_mismatches(meta: CacheMeta, student: CausalLM, *, teacher_used: bool = True) -> list[Mismatch]:
+def find_mismatches(
+    meta: CacheMeta, student: CausalLM, *, teacher_used: bool = True, renormalised: bool = False
+) -> list[Mismatch]:
     """Every field of FIELDS on which they disagree. What the cache does not know is not a disagreement.
 
     Args:
         teacher_used: whether the objective reads the teacher's log-probs at all.
+        renormalised: whether it renormalises them over the top-k.
     """
     found = []
     if meta.tokenizer_fingerprint != student.tokenizer_fingerprint:
@@ -53,6 +57,10 @@ def find_mismatches(meta: CacheMeta, student: CausalLM, *, teacher_used: bool = 
     if temperature not in (None, 1.0):
         remedy = "score the rollouts again at temperature 1"
         found.append(Mismatch("teacher_temperature", "1.0", str(temperature), remedy))
+    mode = meta.teacher.logprob_mode if meta.teacher is not None else None
+    if mode == RENORMALISED_TOPK and not renormalised:
+        remedy = "use a renormalised objective, since nobody knows the mass outside these ranks"
+        found.append(Mismatch("logprob_mode", "log-probs over the vocabulary", mode, remedy))
     for sft_teacher in (meta.sft_teacher, student.sft_teacher):
         if teacher_consistency(dataclasses.replace(meta, sft_teacher=sft_teacher)) == "inconsistent":
             assert meta.teacher is not None
@@ -80,13 +88,18 @@ def find_doubts(meta: CacheMeta, student: CausalLM) -> list[str]:
 
 
 def check_cache(
-    meta: CacheMeta, student: CausalLM, *, allow: Collection[str] = (), teacher_used: bool = True
+    meta: CacheMeta,
+    student: CausalLM,
+    *,
+    allow: Collection[str] = (),
+    teacher_used: bool = True,
+    renormalised: bool = False,
 ) -> list[Mismatch]:
     """Refuse a cache that does not belong to the student.
 
     Args:
         allow: fields to ignore, out of FIELDS.
-        teacher_used: as for `find_mismatches`.
+        teacher_used, renormalised: as for `find_mismatches`.
 
     Returns:
         The mismatches that were allowed; they belong into the checkpoint.
@@ -98,7 +111,7 @@ def check_cache(
     unknown = sorted(set(allow) - set(FIELDS))
     if unknown:
         raise InvalidArgumentError(f"allow_mismatch: {unknown[0]!r:.100} is not one of {', '.join(FIELDS)}")
-    mismatches = find_mismatches(meta, student, teacher_used=teacher_used)
+    mismatches = find_mismatches(meta, student, teacher_used=teacher_used, renormalised=renormalised)
     for mismatch in mismatches:
         if mismatch.field not in allow:
             raise MismatchError(

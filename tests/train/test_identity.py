@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from train.tiny_models import loaded, meta_of, model_info
 
-from opd_store import FormatError, InvalidArgumentError, MismatchError, ModelInfo
+from opd_store import RENORMALISED_TOPK, FormatError, InvalidArgumentError, MismatchError, ModelInfo
 from opd_train import (
     CorrectionConfig,
     CorrectionKind,
@@ -27,6 +27,10 @@ WRONG = {
     "vocab_size": ({"vocab_size": 1000}, "1000"),
     "chat_template_digest": ({"chat_template_digest": OTHER}, OTHER),
     "teacher_temperature": ({"teacher": ModelInfo(name="t", logprob_temperature=0.7)}, "0.7"),
+    "logprob_mode": (
+        {"teacher": ModelInfo(name="t", logprob_mode=RENORMALISED_TOPK)},
+        "renormalised_topk",
+    ),
     "teacher_consistency": (
         {"teacher": model_info("big", "1"), "sft_teacher": model_info("small", "2")},
         "big sha256:" + "1" * 64,
@@ -42,6 +46,8 @@ def student(models):
 def expected_value(student, field):
     if field == "teacher_temperature":
         return "1.0"
+    if field == "logprob_mode":
+        return "log-probs over the vocabulary"
     if field == "teacher_consistency":
         return "small sha256:" + "2" * 64
     return str(getattr(student, field))
@@ -77,9 +83,20 @@ def test_only_the_named_field_is_allowed_and_it_is_reported(student, field):
         check_cache(meta, student, allow=others)
 
 
+def test_a_renormalised_objective_needs_no_tail(student):
+    meta = dataclasses.replace(meta_of(student), **WRONG["logprob_mode"][0])
+    for objective in Objective:
+        loss = LossConfig(objective=objective)
+        expected = [] if "renormalised" in objective.value else ["logprob_mode"]
+        allowed = check_cache(meta, student, allow=["logprob_mode"], renormalised=loss.objective.renormalised)
+        assert [mismatch.field for mismatch in allowed] == expected
+
+
 def test_all_at_once(student):
     changes = {name: value for case, _ in WRONG.values() for name, value in case.items()}
-    changes["teacher"] = dataclasses.replace(model_info("big", "1"), logprob_temperature=0.7)
+    changes["teacher"] = dataclasses.replace(
+        model_info("big", "1"), logprob_temperature=0.7, logprob_mode=RENORMALISED_TOPK
+    )
     meta = dataclasses.replace(meta_of(student), **changes)
     assert [mismatch.field for mismatch in check_cache(meta, student, allow=FIELDS)] == list(FIELDS)
 

@@ -89,6 +89,19 @@ class Meter:
     ) -> None:
         self._progress.stop()
 
+    def count(self, done: int, total: int | None) -> None:
+        """Show how far the work is where the whole may not be known."""
+        if total is not None:
+            self.update(done, total)
+            return
+        now = time.monotonic()
+        rate = done / max(now - self._started, 1e-9)
+        text = f"{done:,} {self._unit}, {rate:,.0f} {self._unit}/s"
+        self._progress.update(self._task, completed=done, detail=text)
+        if not self._live and now - self._printed > _PLAIN_EVERY_S:
+            self._printed = now
+            click.echo(f"{self._what}: {text}", err=True)
+
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Show how far the work is, with `detail` or else counts and rate."""
         now = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import opd_store
+from opd_tools.convert import convert, formats
 from opd_tools.evaluate import evaluate
 from opd_tools.inspect import inspect_cache
 from opd_tools.report import report
@@ -28,7 +29,7 @@ def main() -> None:
     """
 
 
-for verb in (rollouts, score, train, evaluate, report, inspect_cache, verify_cache):
+for verb in (rollouts, score, train, evaluate, report, convert, formats, inspect_cache, verify_cache):
     main.add_command(verb)
 
 

@@ -34,7 +34,8 @@ def offline_source(uri: str | None, lm: CausalLM, stopwatch: Stopwatch, options:
     distilled = fields["loss"].objective is not Objective.CROSS_ENTROPY
     teacher_used = distilled or fields["loss"].correction.needs_advantage
     allow, allow_start = split_allowed(options["allow_mismatch"])
-    allowed = check_cache(cache.meta, lm, allow=allow, teacher_used=teacher_used)
+    renormalised = fields["loss"].objective.renormalised
+    allowed = check_cache(cache.meta, lm, allow=allow, teacher_used=teacher_used, renormalised=renormalised)
     if fields["loss"].correction.needs_behaviour and len(cache) and cache[0].behaviour_logprob is None:
         how = "pass --correction none" if options["loss"] is None else f"change {options['loss']}"
         raise InvalidArgumentError(

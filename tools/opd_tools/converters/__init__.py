@@ -1,0 +1,1 @@
+"""Foreign formats: one module each, and what turns their rows into rollouts and back."""

@@ -1,0 +1,134 @@
+"""A foreign source into a cache: opened, normalised, written, and what was lost on the way put on record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import opd_store
+from opd_store import CacheMeta, Cut, InvalidArgumentError, ModelInfo, Rollout, Version
+from opd_tools.converters.alignment import checked
+from opd_tools.converters.formats import Format, ReadSettings
+from opd_tools.converters.normalise import Target, to_rollout
+from opd_tools.converters.record import Contents, Record, Tally, Values
+from opd_tools.converters.source import Source
+from opd_tools.destination import REQUEST, build, request
+
+RENORMALISED = "renormalised_topk"
+"""`ModelInfo.logprob_mode` of log-probs that sum to 1 over the ranks that were kept."""
+
+
+def import_cache(
+    source: Source,
+    uri: str,
+    how: Format,
+    *,
+    settings: ReadSettings,
+    meta: CacheMeta,
+    encoding: str,
+    id_table: str,
+    shift: int,
+    commit_every: int,
+    access: dict[str, Any],
+    on_progress: Callable[[int, int | None], None],
+) -> tuple[Version, bool, Tally]:
+    """Convert everything in `source`.
+
+    Args:
+        meta: what the user knows; the format's own knowledge is added.
+        shift: rows to move towards later tokens before anything else.
+        on_progress: called with rollouts done, and in all where that is known.
+
+    Returns:
+        The version, whether it was there before, and what was lost.
+
+    Raises:
+        FormatError: the source is at fault, with file and row; nothing is kept.
+        InvalidArgumentError: it needs settings that are missing.
+        CacheExistsError: something else is at `uri`.
+    """
+    assert how.read is not None
+    tally = Tally()
+    contents = how.read(source, settings)
+    topk = contents.topk if settings.topk is None else min(settings.topk, contents.topk)
+    topk = min(topk, settings.vocab_size)
+    target = Target(vocab_size=settings.vocab_size, topk=topk, values=contents.values)
+    options = (settings, encoding, id_table, shift, commit_every, meta.to_json())
+    extra = {
+        **meta.extra,
+        REQUEST: request("convert", opd_store.__version__, how.name, source.digest(), *options),
+        "converted_from": how.title,
+        "source_digest": source.digest(),
+    }
+    meta = dataclasses.replace(_with_teacher(meta, contents), extra=extra)
+
+    def rollouts() -> Iterator[Rollout]:
+        found: Contents = how.read(source, settings)  # type: ignore[misc]
+        records = (_shifted(record, shift) for record in found.records)
+        for record in checked(records, name=how.name):
+            yield to_rollout(record, target, tally)
+
+    def final_meta() -> CacheMeta:
+        lost = [*contents.lost, *(f"{count:,} {what}" for what, count in sorted(tally.items()))]
+        return dataclasses.replace(meta, extra={**extra, "lost": "; ".join(lost)} if lost else extra)
+
+    version, existed = build(
+        uri,
+        rollouts,
+        meta=meta,
+        final_meta=final_meta,
+        access=access,
+        commit_every=commit_every,
+        on_progress=lambda done: on_progress(done, contents.total),
+        topk=topk,
+        encoding=encoding,
+        id_table="auto" if id_table == "auto" else None,
+        cut=Cut("given") if topk else None,
+        user_columns=dict(contents.columns),
+    )
+    for what in contents.lost:
+        tally.setdefault(what, 0)
+    return version, existed, tally
+
+
+def _with_teacher(meta: CacheMeta, contents: Contents) -> CacheMeta:
+    teacher = meta.teacher or ModelInfo(name="unknown")
+    if contents.values is Values.RENORMALISED:
+        teacher = dataclasses.replace(teacher, logprob_mode=RENORMALISED)
+    if contents.temperature is not None:
+        stated = teacher.logprob_temperature
+        if stated not in (None, contents.temperature):
+            raise InvalidArgumentError(
+                f"--temperature: {stated}, but the file says {contents.temperature}; leave it out"
+            )
+        teacher = dataclasses.replace(teacher, logprob_temperature=contents.temperature)
+    return dataclasses.replace(meta, teacher=teacher)
+
+
+def _shifted(record: Record, shift: int) -> Record:
+    """Rows moved to the token `shift` places later; tokens that are left without a row become prompt, or go.
+
+    A file whose row t is about token t + 1 although its format says t is read with shift 1."""
+    if not shift:
+        return record
+    tokens, prompt = record.token_ids, record.prompt_len
+    n_rows = len(tokens) - prompt
+    first, end = max(0, shift), n_rows + min(0, shift)
+    if end - first < 1:
+        raise InvalidArgumentError(f"{record.where}: --shift {shift} leaves no row of {n_rows}")
+
+    def rows(array: Any) -> Any:  # noqa: ANN401
+        return None if array is None else array[first - shift : end - shift]
+
+    return dataclasses.replace(
+        record,
+        token_ids=tokens[: prompt + end],
+        prompt_len=prompt + first,
+        topk_ids=rows(record.topk_ids),
+        topk_logprob=rows(record.topk_logprob),
+        log_tail=rows(record.log_tail),
+        teacher_logprob=rows(record.teacher_logprob),
+        behaviour_logprob=None if record.behaviour_logprob is None else record.behaviour_logprob[first:end],
+        loss_mask=None if record.loss_mask is None else record.loss_mask[first:end],
+    )

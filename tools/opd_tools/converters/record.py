@@ -1,0 +1,80 @@
+"""What importers hand over: one foreign rollout, its rows label-aligned, otherwise as the file has it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_store.rollout import Scalar
+
+NO_ENTRY = -1
+"""Fills up `Record.topk_ids` where a row has fewer entries than others."""
+
+
+class Values(StrEnum):
+    """What the numbers of a top-k are."""
+
+    LOGPROBS = "logprobs"
+    """Normalised over the vocabulary: what is missing from 1 is the tail."""
+    RENORMALISED = "renormalised"
+    """Normalised over the kept entries, or logits without their logsumexp: nobody knows the tail."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One rollout of a foreign file, before it is checked.
+
+    L are all tokens, R = L - prompt_len those of the response, k the most entries of any row. Row t is about
+    token prompt_len + t, given the tokens before it: whoever makes a record has undone the file's alignment.
+    None is what the file does not have.
+    """
+
+    where: str
+    """File and row, for errors."""
+    token_ids: NDArray[np.int64]
+    """[L] as the file has them; the range is checked later."""
+    prompt_len: int = 1
+    """1 where the file does not tell: the first token has no row, all after it counts as sampled."""
+    teacher_logprob: NDArray[np.floating] | None = None
+    """[R] of the tokens themselves, where the file has it beside the entries; NaN where a row lacks it."""
+    topk_ids: NDArray[np.int64] | None = None
+    """[R, k] in any order; `NO_ENTRY` is no entry."""
+    topk_logprob: NDArray[np.floating] | None = None
+    """[R, k] what the file says, decoded in float64 where it has to be decoded."""
+    log_tail: NDArray[np.floating] | None = None
+    """[R] where the file has it, such as from a logsumexp."""
+    behaviour_logprob: NDArray[np.floating] | None = None
+    loss_mask: NDArray[np.bool_] | None = None
+    sample_id: str | None = None
+    finish_reason: str = "unknown"
+    reward: float | None = None
+    label: str | None = None
+    extra: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """A foreign file that was opened."""
+
+    records: Iterator[Record]
+    """Read as they are asked for."""
+    topk: int
+    """Most entries a row has; 0 for none."""
+    values: Values = Values.LOGPROBS
+    temperature: float | None = None
+    """That the file states the log-probs are at; None if it does not tell."""
+    lost: tuple[str, ...] = ()
+    """What this file does not have, or has only approximately, in a line each."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """`x_*` user columns of the records, with their types."""
+    total: int | None = None
+    """Records, where that is known without reading them."""
+
+
+class Tally(Counter[str]):
+    """How often something had to be given up, by what it is; printed, and kept in the provenance."""

@@ -1,0 +1,96 @@
+"""What the ids of a rollout say, token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_store import CacheMeta, InvalidArgumentError, MismatchError
+from opd_tools.converters.text import identity, tokenizer_file
+
+_BEFORE = 4
+"""Tokens that are decoded before one, since its text may depend on them: a space, a part of a character."""
+_UNFINISHED = "\ufffd"
+
+
+class TokenTexts:
+    """Texts of tokens through a tokenizer.json."""
+
+    def __init__(self, path: Path, meta: CacheMeta) -> None:
+        """Read the tokenizer.
+
+        Args:
+            path: a tokenizer.json or a directory with one.
+            meta: of the cache whose ids it is for.
+
+        Raises:
+            InvalidArgumentError: not a tokenizer.json.
+            MismatchError: the ids of the cache belong to another tokenizer.
+        """
+        file = tokenizer_file(path)
+        fingerprint, _ = identity(file)
+        if fingerprint != meta.tokenizer_fingerprint:
+            raise MismatchError(
+                f"{file}: its fingerprint is {fingerprint}, the cache has {meta.tokenizer_fingerprint}; give the "
+                "tokenizer that the cache was made with, or leave --tokenizer out to see ids",
+                field="tokenizer_fingerprint",
+                expected=meta.tokenizer_fingerprint,
+                found=fingerprint,
+            )
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InvalidArgumentError(f"{file}: not a tokenizer.json: {error!s:.200}") from error
+        self.text = functools.lru_cache(maxsize=1 << 16)(self._text)
+        """The text of one id anywhere but at the start; its name in the vocabulary where it has no text."""
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Text of each id where it stands; all of them together are the text of the sequence.
+
+        The first tokens of a character made of several have "", the last one has the character.
+        """
+        found = []
+        start = 0
+        pending = 0
+        for end in range(1, len(ids) + 1):
+            before = self._decode(ids[start : end - 1 - pending])
+            now = self._decode(ids[start:end])
+            if not now.startswith(before) or pending > _BEFORE:
+                found += [""] * 0 + [self.text(ids[end - 1])]
+                start, pending = end - 1, 0
+                continue
+            if now.endswith(_UNFINISHED):
+                pending += 1
+                found.append("")
+                continue
+            new = now[len(before) :]
+            # A token without a text of its own is shown by its name.
+            found.append(new if new or pending else self.text(ids[end - 1]))
+            pending = 0
+            start = max(start, end - _BEFORE)
+        return found
+
+    def _text(self, token_id: int) -> str:
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None:
+            return f"<{token_id}>"
+        anchor = [self._anchor]
+        before, both = self._decode(anchor), self._decode([*anchor, token_id])
+        text = both[len(before) :] if both.startswith(before) else ""
+        return text if text and _UNFINISHED not in text else str(name)
+
+    @functools.cached_property
+    def _anchor(self) -> int:
+        """A token with a text, after which others have the text that they have inside a sequence."""
+        for text in ("a", "A", "1", "."):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(ids) == 1 and self._decode(ids):
+                return int(ids[0])
+        return 0
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False)) if len(ids) else ""
