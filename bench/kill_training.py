@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import machine
 
@@ -67,14 +68,22 @@ def run(words: Sequence[str], out: Path, kill: tuple[int, float] | None) -> bool
     return process.returncode == -9
 
 
-def finished(out: Path) -> dict[str, object]:
+def finished(out: Path) -> dict[str, Any]:
     """What has to be equal: every file but the metrics' timings."""
-    files: dict[str, object] = {}
+    files: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         if path.suffix == ".safetensors":
             files[str(path.relative_to(out))] = path.read_bytes()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return files | {"metrics": [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]}
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Names of the files that differ, and the first step whose metrics do."""
+    names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    pairs = zip(found["metrics"], expected["metrics"], strict=False)
+    rows = [f"{a} for {b}" for a, b in pairs if a != b]
+    return f"{', '.join(names)}; {rows[0] if rows else 'metrics agree'}"
 
 
 def main() -> None:
@@ -107,8 +116,10 @@ def main() -> None:
                 kills, n_killed = kills + 1, n_killed + 1
                 rows.append([str(kills), str(runs), str(step), str(steps_done(out))])
             run(command(arguments, out), out, None)
-            if finished(out) != expected:
-                raise SystemExit(f"run {runs} differs from one that was not interrupted")
+            if (found := finished(out)) != expected:
+                raise SystemExit(
+                    f"run {runs} is not what an uninterrupted one is: {differences(found, expected)}"
+                )
     print(machine.table(["kill", "run", "after step", "steps done"], rows))
     print(f"{kills} kills in {runs} runs of {arguments.steps} steps: all end in the same bits")
 
