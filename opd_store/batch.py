@@ -20,6 +20,7 @@ from opd_store.encodings import (
     decode_page,
     keep_ranks,
     parse_page,
+    value_tolerance,
 )
 from opd_store.errors import FormatError
 from opd_store.rollout import FINISH_REASONS, SUPPORTS, Rollout, Scalar
@@ -66,6 +67,7 @@ class BatchView:
         vocab_size: int,
         id_table: IdTable | None = None,
         proven: Proven | None = None,
+        tolerance: float | None = None,
         where: str,
     ) -> None:
         """Find the buffers and check that all lengths agree.
@@ -75,6 +77,8 @@ class BatchView:
             row_tokens, row_response_tokens: [rows] lengths of its rollouts, as the index says.
             id_table: what the ids of packed pages may refer to.
             proven: what was checked before; the rest is when it is read, and noted here. None checks nothing.
+            tolerance: how far probabilities of a position may exceed 1 in sum; None means as far as values
+                that were rounded once.
             where: names file and record batch in errors.
 
         Raises:
@@ -82,6 +86,7 @@ class BatchView:
         """
         self._batch, self._schema, self.where = batch, schema, where
         self._vocab_size, self._id_table, self._proven = vocab_size, id_table, proven
+        self._tolerance = value_tolerance(schema.encoding) if tolerance is None else tolerance
         self.n_rows: int = batch.num_rows
         self.prompt_len = _values(batch.column("prompt_len"), np.uint32)[: self.n_rows].astype(np.int64)
         self._tokens = row_tokens.astype(np.int64)
@@ -315,18 +320,23 @@ class BatchView:
             draws=band.draws,
             vocab_size=self._vocab_size,
             ragged=kind != "topk" or self._schema.cut is not None,
-            tolerance=self._schema.tolerance,
+            tolerance=self._tolerance,
         )
         if problem is not None:
             self._refuse(row, problem)
 
     def check_pages(self, row: int) -> None:
         """Compare every page of a row with its own checksum. Raises IntegrityError."""
-        table_digest = None if self._id_table is None else self._id_table.digest
         for column in self._schema.packed_columns():
-            where = f"{self.where}, row {row}, column {column.name}"
-            page = self._page(column.name, row)
-            check_page_crc(page, self.hashes[row].tobytes(), table_digest, where=where)
+            self.page(column, row)
+
+    def page(self, column: PackedColumn, row: int) -> NDArray[np.uint8]:
+        """A page, compared with its own checksum. Raises IntegrityError."""
+        page = self._page(column.name, row)
+        table_digest = None if self._id_table is None else self._id_table.digest
+        where = f"{self.where}, row {row}, column {column.name}"
+        check_page_crc(page, self.hashes[row].tobytes(), table_digest, where=where)
+        return page
 
     def _page(self, name: str, row: int) -> NDArray[np.uint8]:
         offsets = self._offsets[name]

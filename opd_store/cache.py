@@ -19,7 +19,7 @@ from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
 from opd_store.record_batches import RecordBatches
 from opd_store.rollout import Rollout
-from opd_store.schema import SCALARS, CacheSchema, arrow_schema
+from opd_store.schema import SCALARS, CacheSchema, PackedColumn, arrow_schema
 from opd_store.shard import ShardInfo, ShardReader, require_size
 from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, Stats, Storage, resolve
 from opd_store.table import rollouts_to_arrow
@@ -188,8 +188,16 @@ class Cache(Sequence[Rollout]):
 
     @property
     def max_error(self) -> float:
-        """Nats: how far stored log-probs and tails are from those appended, at most; 0 if exact."""
-        return max((segment.max_error for segment in self._manifest.segments), default=0.0)
+        """Nats: how far stored log-probs and tails are from those first appended, at most; 0 if exact.
+
+        What a cache was copied from counts as well.
+        """
+        return self._manifest.max_error
+
+    @property
+    def tolerance(self) -> float:
+        """How far stored probabilities of one position may exceed 1 in sum: rounding may have lifted each."""
+        return self._manifest.tolerance
 
     @property
     def n_tokens(self) -> int:
@@ -327,6 +335,27 @@ class Cache(Sequence[Rollout]):
             raise InvalidArgumentError(f"{self.uri}: plain pages have no streams")
         batch, row = self._locate(row, self._parts(ranks, ("topk_ids",)))
         return batch.page_streams(row, ranks)
+
+    def page(self, row: int, column: PackedColumn) -> NDArray[np.uint8]:
+        """A page of one rollout as it is stored, compared with its own checksum. Internal to the package.
+
+        Raises:
+            IntegrityError: it is damaged.
+        """
+        ranks = column.rank_end if column.kind == layout.KIND_TOPK else None
+        name = "topk" if ranks is not None else column.name
+        batch, row = self._locate(row, self.schema.parts(ranks, (f"{name}_ids",)))
+        return batch.page(column, row)
+
+    def part_bytes(self) -> dict[str, int]:
+        """What the columns take in the whole cache, as far as the index tells; no shard is read.
+
+        Returns:
+            Bytes of "scalars" (with the headers of record batches), of "lists" (tokens and log-probs), and of
+            each packed column.
+        """
+        names = ("scalars", "lists", *(column.name for column in self.schema.packed_columns()))
+        return dict(zip(names, self._shards.part_bytes(), strict=True))
 
     def column_bytes(self, *, batches: int = 16) -> tuple[dict[str, int], int]:
         """What each column takes, in up to `batches` record batches spread evenly over the cache.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,20 @@ from opd_store.encodings import Band, EncodedPages, IdTable, Unencodable, encode
 from opd_store.errors import InvalidRolloutError
 from opd_store.rollout import SUPPORTS, Rollout, Scalar, is_text
 from opd_store.schema import RESPONSE_LISTS, TOKEN_LISTS, CacheSchema, Cut, PackedColumn, arrow_schema
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a rollout is in the cache that it is copied from."""
+
+    pages: Mapping[str, bytes]
+    """Column to a page that needs no change."""
+    tails: Mapping[int, NDArray[np.float32]]
+    """Rank to the tail outside as many ranks."""
+    is_cut: bool
+    """Whether the ranks that this cache's cut drops are dropped already."""
+    error: float
+    """Nats, of everything there."""
 
 
 class BatchBuilder:
@@ -35,8 +51,13 @@ class BatchBuilder:
     def __len__(self) -> int:
         return len(self._values["rollout_hash"])
 
-    def add(self, rollout: Rollout, rollout_hash: bytes) -> NDArray[np.uint32] | None:
+    def add(
+        self, rollout: Rollout, rollout_hash: bytes, stored: Stored | None = None
+    ) -> NDArray[np.uint32] | None:
         """Encode one rollout that `rollout.checked` passed.
+
+        Args:
+            stored: what another cache knows of it; its pages are taken as they are.
 
         Returns:
             [R, K] top-k ids as they will be read, None without top-k.
@@ -64,8 +85,12 @@ class BatchBuilder:
             columns = self._schema.support_columns(kind)
             if not columns:
                 continue
-            encoded = self._encoded(kind, columns, rollout, rollout_hash)
-            max_error = max(max_error, encoded.max_error)
+            encoded = self._encoded(kind, columns, rollout, rollout_hash, stored)
+            before = 0.0 if stored is None else stored.error
+            if before and encoded.max_error and before + encoded.max_error > layout.LARGEST_SUM_ERROR:
+                expected = f"values that rounding moved by at most {layout.LARGEST_SUM_ERROR} nat"
+                raise _invalid(rollout, kind, expected, before + encoded.max_error)
+            max_error = max(max_error, before + encoded.max_error)
             if kind == "topk":
                 topk_ids = encoded.ids
             for column, page in zip(columns, encoded.pages, strict=True):
@@ -92,16 +117,24 @@ class BatchBuilder:
         return topk_ids
 
     def _encoded(
-        self, kind: str, columns: list[PackedColumn], rollout: Rollout, rollout_hash: bytes
+        self,
+        kind: str,
+        columns: list[PackedColumn],
+        rollout: Rollout,
+        rollout_hash: bytes,
+        stored: Stored | None,
     ) -> EncodedPages:
         ids_field, logprob_field, tail_field, draws_field = SUPPORTS[kind]
+        if stored is not None and all(column.name in stored.pages for column in columns):
+            pages = [stored.pages[column.name] for column in columns]
+            return EncodedPages(pages, getattr(rollout, ids_field), 0.0)
         support = Band(
             getattr(rollout, ids_field),
             getattr(rollout, logprob_field),
             getattr(rollout, tail_field),
             None if draws_field is None else getattr(rollout, draws_field),
         )
-        if kind == "topk" and self._schema.cut is not None:
+        if kind == "topk" and self._schema.cut is not None and not (stored is not None and stored.is_cut):
             support = _cut(support, self._schema.cut)
         largest = max(column.page_shape(rollout.response_len).decoded_bytes for column in columns)
         if self._schema.encoding != "plain" and largest > layout.MAX_DECODED_BYTES:
@@ -117,6 +150,7 @@ class BatchBuilder:
                 bands=tuple(column.rank_end for column in columns),
                 rollout_hash=rollout_hash,
                 id_table=self.id_table,
+                tails=stored.tails if stored is not None and kind == "topk" else None,
             )
         except Unencodable as error:
             is_tail, position, expected, found = error.args

@@ -158,6 +158,15 @@ class ShardTable(Sequence[ShardInfo]):
             row_response_tokens=self.row_response_tokens[rows],
         )
 
+    def part_bytes(self) -> list[int]:
+        """What each part of the record batches takes in all of them together."""
+        at = self._at["region"]
+        place = np.arange(at[-1]) - np.repeat(at[:-1], np.diff(at))
+        inner = (place > 0) & (place < np.repeat(np.diff(at), np.diff(at)) - 1)
+        sums = np.zeros(self._n_parts, np.int64)
+        np.add.at(sums, (place[inner] - 1) % self._n_parts, self._columns["region_length"][inner])
+        return [int(size) for size in sums]
+
     def total(self, name: str) -> int:
         """Sum over all shards of "n_bytes", "rows", "tokens" or "response_tokens"."""
         return int(self._columns[name].sum())

@@ -71,11 +71,18 @@ PROBABILITY_TOLERANCE = 1e-3
 """How far the probabilities of one position may exceed 1 in sum: float32 log-probs of 4,096 ranks."""
 READER_SLACK = 1e-6
 """What readers allow beyond that, since tails of inner bands are summed and rounded by the writer."""
+LARGEST_SUM_ERROR = 0.25
+"""Of a cache's `max_error`, nats, what counts for the sum of probabilities."""
 
 
 def manifest_path(sequence: int) -> str:
     """Relative name of the manifest of version `sequence` (1-based)."""
     return f"{MANIFEST_DIR}/{sequence:08d}.json"
+
+
+def removed_path(sequence: int) -> str:
+    """Relative name of the file that says that versions up to `sequence` were removed on purpose."""
+    return f"{MANIFEST_DIR}/{sequence:08d}.removed"
 
 
 def band_ends(topk: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_store import layout
+from opd_store.encodings import value_tolerance
 from opd_store.errors import FormatError, IntegrityError, UnsupportedVersionError
 from opd_store.hashing import Buffer
 from opd_store.index import FileRef, SegmentRef
@@ -47,6 +48,16 @@ class Manifest:
     def rows(self) -> int:
         """Rollouts in this version."""
         return sum(segment.rows for segment in self.segments)
+
+    @property
+    def max_error(self) -> float:
+        """Nats: how far stored log-probs and tails are from those first written, at most; 0 if exact."""
+        return max((segment.max_error for segment in self.segments), default=0.0)
+
+    @property
+    def tolerance(self) -> float:
+        """How far stored probabilities of one position may exceed 1 in sum."""
+        return value_tolerance(self.schema.encoding, self.max_error)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

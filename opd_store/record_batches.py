@@ -199,6 +199,7 @@ class RecordBatches:
             vocab_size=self._manifest.meta.vocab_size,
             id_table=self.id_table if parts[-1] >= layout.NATIVE_PARTS else None,
             proven=proven if self._check_values else None,
+            tolerance=self._manifest.tolerance,
             where=f"{reader.uri}, record batch {batch}",
         )
         source = reader.source

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from opd_store import layout
-from opd_store.encodings import PageShape, check_encoding, value_tolerance
+from opd_store.encodings import PageShape, check_encoding
 from opd_store.errors import FormatError, InvalidArgumentError, UnsupportedVersionError
 from opd_store.rollout import SUPPORTS, SupportSizes
 
@@ -144,11 +144,6 @@ class CacheSchema:
         """How many ids a position may hold."""
         ragged = self.cut is not None
         return SupportSizes(topk=self.topk, ragged=ragged, chosen=self.chosen, sampled=self.sampled)
-
-    @property
-    def tolerance(self) -> float:
-        """How far stored probabilities of one position may exceed 1 in sum."""
-        return value_tolerance(self.encoding)
 
     def topk_columns(self, ranks: int | None = None) -> list[PackedColumn]:
         """The columns of every band needed for the first `ranks` ranks; None means all."""

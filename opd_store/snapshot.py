@@ -8,18 +8,24 @@ from pathlib import Path
 
 from opd_store import layout
 from opd_store.cache import Cache
-from opd_store.errors import CacheExistsError, InvalidArgumentError, MismatchError, StorageError
+from opd_store.errors import (
+    CacheExistsError,
+    IntegrityError,
+    InvalidArgumentError,
+    MismatchError,
+    StorageError,
+)
 from opd_store.manifest import Manifest, encode_manifest, manifest_digest
 from opd_store.meta import CacheMeta
-from opd_store.storage import LocalStorage, resolve_writable
+from opd_store.storage import LocalStorage, make_directory, resolve_writable, sync_directory
 from opd_store.writer import Version, require_known
 
 
 def snapshot(cache: Cache, out: str | os.PathLike[str], *, meta: CacheMeta | None = None) -> Version:
     """Make a new cache whose only version holds what `cache` holds, in the same files.
 
-    Its digest depends on content and `meta` alone, not on how often was committed. Files are hard links where
-    the file system has them, so it takes neither time nor room; else copies.
+    Its digest depends on these files and on `meta` alone, not on the versions before. Files are hard links
+    where the file system has them, so it takes neither time nor room; else copies.
 
     Args:
         cache: a local one.
@@ -29,6 +35,7 @@ def snapshot(cache: Cache, out: str | os.PathLike[str], *, meta: CacheMeta | Non
 
     Raises:
         CacheExistsError: something is already there.
+        IntegrityError: a file of the cache is missing.
         InvalidArgumentError: a cache behind a URL, or provenance that no reader would accept.
         MismatchError: another vocabulary or tokenizer.
         StorageError: the disk refused.
@@ -78,20 +85,22 @@ def files_of(cache: Cache) -> list[str]:
 def _share(source: Path, storage: LocalStorage, name: str) -> None:
     target = storage.root / name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         try:
             os.link(source, target)
         except FileExistsError:
-            return
+            # Whoever made it may have been killed before the next line but one.
+            pass
+        except FileNotFoundError as error:
+            raise IntegrityError(
+                f"{source}: missing, although the manifest names it. Fetch it again.", uri=str(source)
+            ) from error
         except OSError:
+            # Another file system, or one without links.
             with storage.create_temp() as temp, source.open("rb") as file:
                 shutil.copyfileobj(file, temp, 1 << 20)
                 temp.publish(name)
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(target.parent)
     except OSError as error:
         raise StorageError(
             f"{target}: cannot write: {error.strerror or error}", errno=error.errno, filename=str(target)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 
 from opd_store import layout
@@ -17,6 +20,7 @@ from opd_store.errors import (
     CacheNotFoundError,
     FormatError,
     IntegrityError,
+    InvalidArgumentError,
     InvalidRolloutError,
     OpdError,
 )
@@ -53,6 +57,7 @@ def verify(
     uri: str | os.PathLike[str],
     *,
     on_progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
     storage_options: Mapping[str, object] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -62,15 +67,21 @@ def verify(
     Args:
         uri: a cache, optionally pinned.
         storage_options, cache_dir, cache_bytes: as for `open`. Shards are fetched whole and not kept.
-        on_progress: called with (rollouts checked, rollouts in all) after each record batch.
+        on_progress: called with (rollouts done, rollouts in all) after each record batch, from any thread but
+            never by two at once.
+        workers: threads, each with a shard of its own. More than one help where shards come over a network:
+            one is fetched while another is checked. Each holds a whole shard in memory then.
 
     Returns:
         A report; damaged shards and rows are listed there, and the rest is still checked.
 
     Raises:
+        InvalidArgumentError: `workers` below 1.
         OpdError: the manifest, a shard table or the id table cannot be read, so there is nothing to check
             against.
     """
+    if workers < 1:
+        raise InvalidArgumentError(f"workers: expected at least 1, found {workers}")
     storage, pin = resolve(uri, storage_options=storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
     cache = Cache(storage, *load_manifest(storage, pin))
     # Found damaged here once, and not in every page.
@@ -84,20 +95,50 @@ def verify(
                 raise FormatError(f"{where}: not sorted by hash")
         except OpdError as error:
             report.problems.append(error)
-    first_row = 0
-    for info in cache.shards:
+    progress = _Progress(len(cache), on_progress)
+    first_rows = np.cumsum([0, *(info.rows for info in cache.shards)]).tolist()
+
+    def check(number: int) -> _ShardReport:
+        found = _ShardReport()
+        shard = cache.shards[number]
         try:
-            for problem in _check_shard(storage, cache, info, first_row, id_table, report):
-                report.problems.append(problem)
-                if on_progress is not None:
-                    on_progress(report.rollouts, len(cache))
+            for problem in _check_shard(storage, cache, shard, first_rows[number], id_table, found, progress):
+                found.problems.append(problem)
         except OpdError as error:
-            report.problems.append(error)
-        report.shards += 1
-        first_row += info.rows
-        if on_progress is not None:
-            on_progress(report.rollouts, len(cache))
+            found.problems.append(error)
+        if found.rollouts < shard.rows:
+            progress.add(shard.rows - found.rollouts)
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        # In the order of the shards, however they end.
+        for found in pool.map(check, range(cache.n_shards)):
+            report.shards += 1
+            report.rollouts += found.rollouts
+            report.response_tokens += found.response_tokens
+            report.problems += found.problems
     return report
+
+
+@dataclass(slots=True)
+class _ShardReport:
+    rollouts: int = 0
+    response_tokens: int = 0
+    problems: list[OpdError] = field(default_factory=list)
+
+
+class _Progress:
+    """Counts rollouts that are done, those of damaged shards included."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._report = 0, total, report
+        self._lock = threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self._lock:
+            self._done += n
+            if self._report is not None:
+                self._report(self._done, self._total)
 
 
 def _check_history(storage: Storage, cache: Cache, report: VerifyReport) -> Iterator[OpdError]:
@@ -107,6 +148,8 @@ def _check_history(storage: Storage, cache: Cache, report: VerifyReport) -> Iter
         name = layout.manifest_path(sequence)
         where = storage.describe(name)
         try:
+            if _was_removed(storage, sequence, child):
+                return
             manifest = _read_parent(storage, name, child)
             for field_name in ("meta", "schema"):
                 if getattr(manifest, field_name) != getattr(child, field_name):
@@ -120,6 +163,15 @@ def _check_history(storage: Storage, cache: Cache, report: VerifyReport) -> Iter
             return
         child = manifest
         report.versions += 1
+
+
+def _was_removed(storage: Storage, sequence: int, child: Manifest) -> bool:
+    """Whether somebody removed this version and all before it on purpose."""
+    try:
+        data = storage.read(layout.removed_path(sequence), layout.MAX_MANIFEST_BYTES)
+    except CacheNotFoundError:
+        return False
+    return sequence not in storage.versions() and data == f"{child.parent}\n".encode()
 
 
 def _read_parent(storage: Storage, name: str, child: Manifest) -> Manifest:
@@ -141,7 +193,8 @@ def _check_shard(
     info: ShardInfo,
     first_row: int,
     id_table: IdTable | None,
-    report: VerifyReport,
+    report: _ShardReport,
+    progress: _Progress,
 ) -> Iterator[OpdError]:
     uri = storage.describe(info.path)
     buffer = storage.map(info.path)
@@ -160,6 +213,7 @@ def _check_shard(
                 row_response_tokens=cache.row_response_tokens[rows],
                 vocab_size=cache.meta.vocab_size,
                 id_table=id_table,
+                tolerance=cache.tolerance,
                 where=f"{uri}, record batch {number}",
             )
         except OpdError as error:
@@ -172,6 +226,7 @@ def _check_shard(
             except OpdError as error:
                 yield error
         report.rollouts += view.n_rows
+        progress.add(view.n_rows)
     try:
         _check_footer(buffer, info, schema, uri)
     except OpdError as error:
@@ -202,7 +257,7 @@ def _check_row(cache: Cache, view: BatchView, row: int, cache_row: int) -> None:
             rollout,
             vocab_size=cache.meta.vocab_size,
             sizes=cache.schema.sizes,
-            tolerance=cache.schema.tolerance,
+            tolerance=cache.tolerance,
         )
     except InvalidRolloutError as error:
         raise FormatError(f"{where}: {error}", row=row, column=error.field) from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from opd_store import layout
 from opd_store.cache import Cache, load_manifest
-from opd_store.columns import BatchBuilder
+from opd_store.columns import BatchBuilder, Stored
+from opd_store.copying import read_rollout, read_stored
 from opd_store.encodings import IdTable, build_id_table
 from opd_store.errors import (
     CommitConflictError,
@@ -152,14 +153,68 @@ class Writer:
         """
         self._check_usable()
         rollout = checked(rollout, vocab_size=self.meta.vocab_size, sizes=self.schema.sizes)
+        return self._append(rollout, None)
+
+    def copy(
+        self,
+        source: Cache,
+        row: int,
+        *,
+        teacher: int | None = None,
+        columns: Collection[str] | None = None,
+    ) -> bool:
+        """Add a rollout of another cache, with the values that it has there.
+
+        Pages that this cache would hold in the same form are copied as they are. Others are encoded anew, of
+        the top-k as many ranks as this cache has; the tail outside them, and outside each rank band, is what
+        reading so many ranks of `source` gives. What this cache has no column for is left out, but for user
+        columns. The `max_error` of the source counts for this cache too.
+
+        Args:
+            source: another version or cache, of the same tokenizer.
+            row: of `source`.
+            teacher: route of the rollout here; None keeps it.
+            columns: native and user columns to take beside tokens and ids; None takes all.
+
+        Returns:
+            False if the cache or the pending version has it already.
+
+        Raises:
+            IndexError: no such row.
+            MismatchError: another tokenizer.
+            InvalidRolloutError: it does not fit this cache: fewer ranks, an undeclared user column, a value
+                that the encoding cannot hold.
+            IntegrityError, FormatError: the source is damaged.
+            StorageError: the disk refused.
+        """
+        self._check_usable()
+        ours, theirs = self.meta.tokenizer_fingerprint, source.meta.tokenizer_fingerprint
+        if ours != theirs:
+            raise MismatchError(
+                f"tokenizer_fingerprint: {source.uri} has {theirs}, expected {ours}; only rollouts of one "
+                "tokenizer can be copied",
+                field="tokenizer_fingerprint",
+                expected=ours,
+                found=theirs,
+            )
+        if self._holds((source.row_hash(row), source.rollout(row, columns=("sample_id",)).sample_id)):
+            return False
+        rollout = read_rollout(source, row, self.schema, columns)
+        if teacher is not None:
+            rollout = replace(rollout, teacher=teacher)
+        rollout = checked(
+            rollout, vocab_size=self.meta.vocab_size, sizes=self.schema.sizes, tolerance=source.tolerance
+        )
+        self._require_table()
+        return self._append(rollout, read_stored(source, row, self.schema, self._builder.id_table))
+
+    def _append(self, rollout: Rollout, stored: Stored | None) -> bool:
         name = rollout_hash(rollout.token_ids, self.meta.tokenizer_fingerprint)
         key = (name, rollout.sample_id)
-        if key in self._pending or _holds(self._base, key):
+        if self._holds(key):
             return False
-        if self._sample is not None and self._sample.is_full:
-            self._builder.id_table = self._sample.build(self.meta.vocab_size)
-            self._sample = None
-        stored_ids = self._builder.add(rollout, name)
+        self._require_table()
+        stored_ids = self._builder.add(rollout, name, stored)
         if self._sample is not None and stored_ids is not None:
             self._sample.add(stored_ids)
         self._pending.add(key)
@@ -169,8 +224,13 @@ class Writer:
 
     def __contains__(self, rollout: Rollout) -> bool:
         """Whether `append` would change nothing, because the cache or the pending version has the rollout."""
-        key = (rollout_hash(rollout.token_ids, self.meta.tokenizer_fingerprint), rollout.sample_id)
-        return key in self._pending or _holds(self._base, key)
+        name = rollout_hash(rollout.token_ids, self.meta.tokenizer_fingerprint)
+        return self._holds((name, rollout.sample_id))
+
+    @property
+    def at_shard_end(self) -> bool:
+        """Whether all that waits to be committed is in finished shards, so that a commit cuts none short."""
+        return bool(self._sealed) and self._shard is None and not len(self._builder)
 
     @property
     def base(self) -> Cache | None:
@@ -210,6 +270,15 @@ class Writer:
         if self._temp is not None:
             self._temp.discard()
             self._temp = None
+
+    def _holds(self, key: tuple[bytes, str | None]) -> bool:
+        return key in self._pending or _holds(self._base, key)
+
+    def _require_table(self) -> None:
+        """Make the id table as soon as there is enough to learn it from."""
+        if self._sample is not None and self._sample.is_full:
+            self._builder.id_table = self._sample.build(self.meta.vocab_size)
+            self._sample = None
 
     def _check_usable(self) -> None:
         if self._failed:

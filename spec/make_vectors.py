@@ -601,7 +601,7 @@ class Build:
     def _shard(self, rows: list[Rollout], *, first: bool) -> tuple[ShardInfo, list[bytes], bytes]:
         builder = BatchBuilder(self.schema)
         if self.encode is not None:
-            builder._encoded = lambda kind, columns, rollout, name: EncodedPages(
+            builder._encoded = lambda kind, columns, rollout, name, stored: EncodedPages(
                 [self.encode(rollout)[column.name] for column in columns], rollout.topk_ids, 0.0
             )
         names = [name_of(r) for r in rows]

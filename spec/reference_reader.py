@@ -38,6 +38,7 @@ MAX_DECODED_BYTES = 67108864
 MAX_ID_TABLE_BYTES = 67108864
 PROBABILITY_TOLERANCE = 0.001
 READER_SLACK = 0.000001
+LARGEST_SUM_ERROR = 0.25
 
 # format.md, section 2
 FORMAT = "FormatError"
@@ -876,23 +877,25 @@ def check_row(row: dict[str, Any], manifest: dict[str, Any], table: IdTable | No
         )
         pages.setdefault(support, []).append((end, page))
     for support, bands in pages.items():
-        check_support(row, support, bands, schema, meta["vocab_size"])
+        check_support(row, support, bands, manifest)
     return row
 
 
-def tolerance(encoding: str) -> float:
+def tolerance(encoding: str, max_error: float = 0.0) -> float:
     """Section 4, rule 6."""
     code, parameter = ENCODINGS[encoding]
-    exact = PROBABILITY_TOLERANCE + READER_SLACK
-    if code < 2:
-        return exact
-    return math.exp(0.5 / parameter if parameter else 1 / 128) * (1 + exact) - 1
+    error = 0.0 if code < 2 else 0.5 / parameter if parameter else 1 / 128
+    error = max(error, min(max_error, LARGEST_SUM_ERROR))
+    return math.exp(error) * (1 + PROBABILITY_TOLERANCE + READER_SLACK) - 1
 
 
 def check_support(
-    row: dict[str, Any], support: str, bands: list[tuple[int, Page]], schema: dict[str, Any], vocab_size: int
+    row: dict[str, Any], support: str, bands: list[tuple[int, Page]], manifest: dict[str, Any]
 ) -> None:
     """Section 4, over all bands of a support; puts the values into the row."""
+    schema, vocab_size = manifest["schema"], manifest["meta"]["vocab_size"]
+    max_error = max(segment["max_error"] for segment in manifest["segments"])
+    limit = 1 + tolerance(schema["encoding"], max_error)
     width = schema[support]
     all_ids: list[int] = []
     all_logprobs: list[float] = []
@@ -918,7 +921,7 @@ def check_support(
             falls = logprobs[j] < logprobs[j - 1]
             ties = logprobs[j] == logprobs[j - 1] and ids[j] > ids[j - 1]
             require(falls or ties, f"{support} is not in order")
-        require(worst <= 1 + tolerance(schema["encoding"]), f"probabilities sum to {worst}")
+        require(worst <= limit, f"probabilities sum to {worst}")
         require(all(draws), "an id that was not drawn")
         missing = width - len(ids)
         all_ids += ids + [NO_ID] * missing
@@ -981,6 +984,11 @@ def read_cache(path: Path, pin: str | None = None) -> dict[str, Any]:
 
     newer = manifest
     for number in range(version - 1, 0, -1):
+        removed = folder / f"{number:08d}.removed"
+        if number not in manifests and removed.is_file():
+            same = removed.read_bytes() == f"{newer['parent']}\n".encode()
+            require(same, f"version {number} was removed, and is not the parent of the next", INTEGRITY)
+            break
         require(number in manifests, f"version {number} is missing", INTEGRITY)
         same = manifests[number][1] == newer["parent"]
         require(same, f"version {number} is not the parent of the next", INTEGRITY)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from opd_tools.main import main
+from tools.commands import CommandServer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -19,6 +20,19 @@ PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "spec/*.md") for path i
 
 def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _type_in(lines: list[str], directory: Path) -> dict[str, str]:
+    """Run console lines in a directory, as one types them; what each printed."""
+    (directory / "examples").symlink_to(ROOT / "examples")
+    shown = {}
+    with CommandServer() as server:
+        for line in lines:
+            program, *arguments = shlex.split(line.removeprefix("$ "))
+            assert program in ("python", "opd")
+            done = server(*arguments, directory=str(directory), script=program == "python")
+            shown[line] = done.ok().out
+    return shown
 
 
 def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
@@ -33,18 +47,10 @@ def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str
 def first_result(tmp_path_factory):
     """The directory after the README's console block, and what `opd inspect` printed."""
     directory = tmp_path_factory.mktemp("readme")
-    (directory / "examples").symlink_to(ROOT / "examples")
-    opd = [sys.executable, "-c", "from opd_tools.main import main; main()"]
     lines = [line for block in _blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(lines) >= 5
-    for line in lines:
-        program, *arguments = shlex.split(line.removeprefix("$ "))
-        assert program in ("python", "opd")
-        done = _run([*(opd if program == "opd" else [sys.executable]), *arguments], directory)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        if "inspect" in arguments:
-            shown = done.stdout
-    return directory, shown
+    shown = _type_in(lines, directory)
+    return directory, next(out for line, out in shown.items() if line.startswith("$ opd inspect"))
 
 
 def test_console_block_runs(first_result):
@@ -53,15 +59,10 @@ def test_console_block_runs(first_result):
 
 
 def test_the_console_block_about_drift_runs(tmp_path):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     text = (ROOT / "docs" / "drift.md").read_text("utf-8")
-    lines = re.findall(r"^\$ (.+)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^\$ .+$", text, flags=re.MULTILINE)
     assert len(lines) >= 6
-    for line in lines:
-        program, *arguments = shlex.split(line)
-        opd = ["-c", "from opd_tools.main import main; main()"] if program == "opd" else []
-        done = _run([sys.executable, *opd, *arguments], tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    _type_in(lines, tmp_path)
     assert (tmp_path / "runs/tiny/run/report.html").is_file()
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -45,6 +46,7 @@ __all__ = [
     "join_tail",
     "keep_ranks",
     "parse_page",
+    "sum_error",
     "value_tolerance",
 ]
 
@@ -75,19 +77,25 @@ def check_encoding(name: str) -> None:
         )
 
 
-def value_tolerance(encoding: str) -> float:
+def sum_error(encoding: str) -> float:
+    """Nats by which rounding to an encoding may lift the log of a sum of probabilities, at most."""
+    codec, parameter = _CODECS[encoding], _CODECS[encoding].NAMES[encoding]
+    if codec is not ladder:
+        return 0.0
+    # float16 is off by 2^-11 of the log-prob, and the sum of p |log p| over 4,097 outcomes is below 8.4.
+    return 0.5 / parameter if parameter else 2.0**-7
+
+
+def value_tolerance(encoding: str, max_error: float = 0.0) -> float:
     """How far the decoded probabilities of one position may exceed 1 in sum.
 
-    Writers refuse more than PROBABILITY_TOLERANCE. `plain` and `f32` keep that, but for the rounding of the
-    tails of inner bands; the others may add their largest error to every log-prob, which multiplies every
-    probability by at most exp(error).
+    Writers refuse more than PROBABILITY_TOLERANCE in what they are given. `plain` and `f32` keep that, but
+    for the rounding of the tails of inner bands; the others may add their largest error to every log-prob,
+    which multiplies every probability by at most exp(error). So may, in any encoding, the `max_error` of a
+    cache whose values were rounded in another cache before.
     """
-    codec, parameter = _CODECS[encoding], _CODECS[encoding].NAMES[encoding]
+    worst = max(sum_error(encoding), min(max_error, layout.LARGEST_SUM_ERROR))
     exact = layout.PROBABILITY_TOLERANCE + layout.READER_SLACK
-    if codec is not ladder:
-        return exact
-    # float16 is off by 2^-11 of the log-prob, and the sum of p |log p| over 4,097 outcomes is below 8.4.
-    worst = 0.5 / parameter if parameter else 2.0**-7
     return math.exp(worst) * (1 + exact) - 1
 
 
@@ -99,6 +107,7 @@ def encode_pages(
     bands: tuple[int, ...],
     rollout_hash: bytes,
     id_table: IdTable | None = None,
+    tails: Mapping[int, NDArray[np.float32]] | None = None,
 ) -> EncodedPages:
     """One sealed page per rank band of a rollout.
 
@@ -110,12 +119,15 @@ def encode_pages(
         kind: which support this is.
         bands: rank band ends, the last one the number of ranks.
         id_table: what ids may refer to; `plain` does not.
+        tails: where they are known, [P] tails outside the bands that end at these ranks; used if no log-prob
+            changes. The others are summed from `support`.
 
     Raises:
         Unencodable: a value further from what would be decoded than the encoding allows.
     """
     codec = _CODECS[encoding]
     parameter = codec.NAMES[encoding]
+    tails = tails or {}
     if codec is not plain:
         decoded_logprob = codec.quantise(support.logprob, parameter)
         for is_tail, given, found in (
@@ -123,13 +135,17 @@ def encode_pages(
             (True, support.log_tail[:, None], codec.quantise(support.log_tail[:, None], parameter)),
         ):
             _require_encodable(given, found, codec, encoding, is_tail=is_tail)
+        if not np.array_equal(decoded_logprob, support.logprob):
+            # Ranks that become equal may change places across the end of a band.
+            tails = {}
         support = _in_decoded_order(support, decoded_logprob)
     pages = []
     start, max_error = 0, 0.0
     for end in bands:
         part = slice(start, end)
         draws = None if support.draws is None else support.draws[:, part]
-        band = Band(support.ids[:, part], support.logprob[:, part], fold_tail(support, end), draws)
+        tail = tails[end] if end in tails else fold_tail(support, end)
+        band = Band(support.ids[:, part], support.logprob[:, part], tail, draws)
         shape = PageShape(kind, start, end, len(support.log_tail))
         flags, body = 0, b""
         if codec is plain:

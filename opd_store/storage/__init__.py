@@ -11,7 +11,7 @@ from pathlib import Path
 from opd_store.errors import InvalidArgumentError
 from opd_store.storage.address import WRITE_LOCALLY, parse
 from opd_store.storage.disk_cache import DEFAULT_CACHE_BYTES, DiskCache
-from opd_store.storage.local import LocalStorage, TempFile
+from opd_store.storage.local import LocalStorage, TempFile, make_directory, sync_directory
 from opd_store.storage.remote import RemoteShard, RemoteStorage
 from opd_store.storage.retry import Retry
 from opd_store.storage.session import Stats
@@ -25,8 +25,10 @@ __all__ = [
     "Stats",
     "Storage",
     "TempFile",
+    "make_directory",
     "resolve",
     "resolve_writable",
+    "sync_directory",
 ]
 
 

@@ -15,20 +15,21 @@ _CREDENTIAL_OPTIONS = {
 }  # fmt: skip
 
 
-def explain(error: GaveUp, where: str, credentials: str, *, is_named: bool) -> OpdError:
+def explain(error: GaveUp, where: str, credentials: str, *, is_named: bool, action: str = "read") -> OpdError:
     """The error to raise.
 
     Args:
         where: the full name of the file.
         credentials: which ones were used, from `describe_credentials`.
         is_named: a manifest names the file, so that it has to be there.
+        action: what was tried, "read" or "write".
     """
     failure = error.failure
     match failure.kind:
         case Kind.DENIED:
             return StorageError(
                 f"{where}: access denied with {credentials}: {failure.text}. "
-                "Renew the credentials, or ask for permission to read.",
+                f"Renew the credentials, or ask for permission to {action}.",
                 filename=where,
             )
         case Kind.NO_BUCKET:
@@ -46,7 +47,7 @@ def explain(error: GaveUp, where: str, credentials: str, *, is_named: bool) -> O
                 f"{where}: {failure.text}. Open the cache at its own address.", filename=where
             )
     tries = f" after {error.tries} tries in {error.seconds:.1f} s" if error.tries > 1 else ""
-    return StorageError(f"{where}: cannot read{tries}: {failure.text}", filename=where)
+    return StorageError(f"{where}: cannot {action}{tries}: {failure.text}", filename=where)
 
 
 def damaged(where: str, text: str, *, came_twice: bool) -> IntegrityError:

@@ -164,7 +164,7 @@ class TempFile:
         self._root = root
         self._path = root / TEMP_DIR / secrets.token_hex(8)
         with _explained("create", self._path):
-            _make_directory(self._path.parent)
+            make_directory(self._path.parent)
             self._file = self._path.open("xb", buffering=1 << 20)
             fcntl.flock(self._file, fcntl.LOCK_SH)
             while not self._path.exists():
@@ -193,14 +193,17 @@ class TempFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         with _explained("publish", target):
-            _make_directory(target.parent)
+            make_directory(target.parent)
             try:
                 os.link(self._path, target)
                 is_new = True
             except FileExistsError:
                 is_new = False
+                # As young as if it were new, for whoever removes what no version refers to.
+                with contextlib.suppress(OSError):
+                    os.utime(target)
             # Also for a taken name: a writer that was killed may have linked it without this.
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         return is_new
 
     def discard(self) -> None:
@@ -211,15 +214,17 @@ class TempFile:
             self._file.close()
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
+    """Create a directory durably, if it is not there."""
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         # The new entry has to survive a power cut as well as what is put inside.
         for parent in (path.parent, path.parent.parent):
-            _sync_directory(parent)
+            sync_directory(parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -167,6 +167,16 @@ class RemoteStorage:
         n_bytes = _result(session.start(session.size(name)))
         return pieces.assemble(n_bytes, _result(session.start(session.whole(name, n_bytes))), 0)
 
+    def span(self, name: str, start: int, end: int) -> list[bytes]:
+        """Bytes [start, end) of a file in order, unchecked, fetched by concurrent ranges and not kept.
+
+        Raises:
+            IntegrityError: the file is missing, or ends before.
+            StorageError: access denied, or out of reach.
+        """
+        session = self._process().session
+        return [data for _, data in _result(session.start(session.whole(name, end, start)))]
+
     def open_shard(self, info: ShardInfo) -> RemoteShard:
         """A shard, of which nothing is fetched yet."""
         return RemoteShard(self, info)

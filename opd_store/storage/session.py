@@ -104,9 +104,9 @@ class Session:
             failure = error
         raise self._explained(failure, name)
 
-    async def whole(self, name: str, n_bytes: int) -> list[Piece]:
-        """A file of this length, unchecked, by concurrent ranges."""
-        starts = range(0, n_bytes, _RANGE_BYTES)
+    async def whole(self, name: str, n_bytes: int, first: int = 0) -> list[Piece]:
+        """Bytes [first, n_bytes) of a file, unchecked, by concurrent ranges."""
+        starts = range(first, n_bytes, _RANGE_BYTES)
         return await self.pieces(
             name, [[(start, min(_RANGE_BYTES, n_bytes - start), -1)] for start in starts]
         )

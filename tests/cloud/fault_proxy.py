@@ -140,6 +140,8 @@ class FaultProxy:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
         answer = self._made_up(fault)
+        if method == "HEAD":
+            answer = answer[: answer.find(b"\r\n\r\n") + 4]
         if not answer:
             answer = self._forward(client, head, rest)
             start = answer.find(b"\r\n\r\n") + 4
@@ -154,10 +156,13 @@ class FaultProxy:
             self._stopped.wait(30)
 
     def _forward(self, client: socket.socket, head: bytes, rest: bytes) -> bytes:
+        if _header(head, b"expect"):
+            # Who uploads may wait for it.
+            client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = rest
         while len(body) < int(_header(head, b"content-length") or 0):
             body += client.recv(1 << 16)
-        head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
+        head = re.sub(rb"(?i)\r\n(connection|expect):[^\r]*", b"", head)
         head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         with socket.create_connection(self.upstream) as server:
             server.sendall(head + body)

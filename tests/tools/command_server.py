@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def child(request: dict[str, Any], out: int, err: int, report: Path) -> None:
         os.dup2(out, 1)
         os.dup2(err, 2)
         os.environ.update(request.get("environment", {}))
+        os.chdir(request.get("directory", "."))
         if "file_bytes" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
         if "kill_after_s" in request:
@@ -81,7 +83,12 @@ def child(request: dict[str, Any], out: int, err: int, report: Path) -> None:
         if request.get("count_events"):
             count_events(request.get("kill_at"), report)
         try:
-            main(request["args"], prog_name="opd")
+            if request.get("script"):
+                sys.argv = request["args"]
+                sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                main(request["args"], prog_name="opd")
             code = 0
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1

@@ -82,7 +82,8 @@ class CommandServer:
 
         Args:
             args: of the command.
-            request: `file_bytes` (no file may grow beyond), `count_events`, `kill_at` (event number to be
+            request: `script` (the first of `args` is a Python script instead), `directory` to run in,
+                `file_bytes` (no file may grow beyond), `count_events`, `kill_at` (event number to be
                 killed at), `kill_after_s` (seconds to be killed after) and `environment`.
         """
         assert self._process.stdin is not None

@@ -8,6 +8,8 @@ import time
 
 import pytest
 from tools.commands import snapshot
+from tools.converters.converting import FINGERPRINT
+from tools.converters.samples import SAMPLES, VOCAB, good_rollouts
 from train.tiny_models import loaded, random_rollouts, rollouts_jsonl
 
 import opd_store
@@ -34,13 +36,13 @@ class Job:
     """A command, how many events it has when nothing interrupts it, and what it leaves then."""
 
     def __init__(self, opd, args, out, look):
-        self._opd, self._args, self._look = opd, args, look
+        self._opd, self.args, self._look = opd, args, look
         self.events = self.run(out).ok().events
         self.expected = look(out)
         assert self.events > 40
 
     def run(self, out, **request):
-        return self._opd(*(out if arg == "OUT" else arg for arg in self._args), count_events=True, **request)
+        return self._opd(*(out if arg == "OUT" else arg for arg in self.args), count_events=True, **request)
 
     def kill_and_finish(self, out, moment):
         assert self.run(out, kill_at=moment).killed
@@ -78,6 +80,15 @@ def train(opd, work, cache, tmp_path_factory):
     return Job(opd, args, tmp_path_factory.mktemp("train") / "out", finished)
 
 
+@pytest.fixture(scope="module", params=["table", "jsonl"])
+def convert(request, opd, tmp_path_factory):
+    """Of files with several batches and commits; what is left are whole files under the cache's own name."""
+    root = tmp_path_factory.mktemp("convert")
+    source = SAMPLES[request.param].write(root, good_rollouts(40))
+    args = ("convert", source, "OUT", "--tokenizer-fingerprint", FINGERPRINT, "--vocab-size", VOCAB)
+    return Job(opd, (*args, "--commit-every", 6, "--json"), root / "out", cache_files)
+
+
 def moments(job, seed):
     """Ten different moments of a run, and its first and last."""
     inner = random.Random(seed).sample(range(2, job.events), len(MOMENTS) - 2)
@@ -111,6 +122,29 @@ def test_train_killed_by_the_clock(opd, work, cache, tmp_path, options):
         opd(*args, "--out", out, kill_after_s=rng.uniform(share / 2, share) * duration)
     opd(*args, "--out", out).ok()
     assert finished(out) == finished(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", MOMENTS)
+def test_convert_killed_at_ten_moments(convert, tmp_path, number):
+    convert.kill_and_finish(tmp_path / "out", moments(convert, 5)[number])
+    assert opd_store.verify(tmp_path / "out").ok
+    # Nothing stays beside it, and the same command again changes nothing.
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads(convert.run(tmp_path / "out").ok().out)["existed"]
+    assert cache_files(tmp_path / "out") == convert.expected
+
+
+def test_convert_killed_again_and_again(convert, tmp_path):
+    assert convert.kill_until_finished(tmp_path / "out", random.Random(6)) >= 3
+
+
+def test_a_conversion_that_was_killed_goes_on_only_as_the_same(opd, convert, tmp_path):
+    assert convert.run(tmp_path / "out", kill_at=convert.events * 3 // 4).killed
+    assert not (tmp_path / "out").exists()
+    args = [tmp_path / "out" if arg == "OUT" else arg for arg in convert.args]
+    opd(*args, "--topk", 3).refused(1, "was begun by another command")
+    convert.run(tmp_path / "out").ok()
+    assert cache_files(tmp_path / "out") == convert.expected
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])

@@ -21,6 +21,15 @@ P = ParamSpec("P")
 MAX_TEXT = 200
 MAX_LINE = 2000
 _PLAIN_EVERY_S = 10.0
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "jinja2"), "hf"),
+    **dict.fromkeys(("array_record", "datasets", "yaml", "safetensors"), "convert"),
+    "huggingface_hub": "hub",
+    "matplotlib": "plot",
+    "model_signing": "sign",
+    "peft": "lora",
+}
+"""What may be missing, and the extra that brings it."""
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
 
@@ -47,9 +56,10 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except OpdError as error:
             _fail(error, 1)
         except ModuleNotFoundError as error:
-            if error.name not in ("torch", "transformers", "safetensors"):
+            name = (error.name or "").partition(".")[0]
+            if name not in _EXTRAS:
                 raise
-            message = f"this command needs {error.name}: pip install 'opd-store[hf]'"
+            message = f"this needs {name}: pip install 'opd-store[{_EXTRAS[name]}]'"
             _fail(InvalidArgumentError(message), 2)
 
     return run

@@ -76,7 +76,12 @@ _PATH = click.Path(exists=True, path_type=Path)
     show_default=True,
     help="Move rows to tokens so many places later: 1 if row t is about token t + 1 against the format.",
 )
-@click.option("--commit-every", type=AT_LEAST_1, default=4096, show_default=True, help="Rollouts per commit.")
+@click.option(
+    "--commit-every",
+    type=AT_LEAST_1,
+    help="Rollouts after which work is safe from a kill, at the cost of a shorter shard. Default: whenever a "
+    "shard is full.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @access_options
 @command
@@ -225,22 +230,32 @@ def _column(text: str) -> tuple[str, str]:
 
 @click.command("formats")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table.")
 @command
-def formats(as_json: bool) -> None:
-    """List the formats that `opd convert` reads and writes, and what each keeps and loses."""
-    found = all_formats()
+def formats(as_json: bool, as_markdown: bool) -> None:
+    """List the formats that `opd convert` reads and writes, and what each keeps and loses.
+
+    \b
+    Example: opd formats --json
+    """
+    rows = [
+        {"name": how.name, "title": how.title, "read": how.read is not None, "written": how.write is not None}
+        | {name: getattr(how, name) for name in ("alignment", "keeps", "loses", "tested")}
+        for how in all_formats()
+    ]
     if as_json:
-        names = ("name", "title", "alignment", "keeps", "loses", "tested")
-        print_json(
-            [
-                {name: getattr(how, name) for name in names}
-                | {"read": how.read is not None, "write": how.write is not None}
-                for how in found
-            ]
-        )
+        print_json(rows)
         return
-    for how in found:
-        ways = " and ".join(way for way, is_there in (("read", how.read), ("written", how.write)) if is_there)
-        click.echo(f"{how.name}: {how.title}, {ways}")
-        for title, value in (("rows", how.alignment), ("keeps", how.keeps), ("loses", how.loses)):
-            click.echo(f"    {title}: {value}")
+    if as_markdown:
+        click.echo("| format | | read | written | rows | kept | lost or unknown | tested on |")
+        click.echo("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        ways = {name: "yes" if row[name] else "no" for name in ("read", "written")}
+        if as_markdown:
+            cells = [f"`{row['name']}`", row["title"], *ways.values()]
+            cells += [row[name] for name in ("alignment", "keeps", "loses", "tested")]
+            click.echo(f"| {' | '.join(map(str, cells))} |")
+            continue
+        click.echo(f"{row['name']}: {row['title']}; read: {ways['read']}, written: {ways['written']}")
+        for name, shown in (("alignment", "rows"), ("keeps", "keeps"), ("loses", "loses")):
+            click.echo(f"    {shown}: {row[name]}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-import fsspec
 
 import opd_store
 from opd_store import (
@@ -19,18 +19,22 @@ from opd_store import (
     CacheMeta,
     CacheNotFoundError,
     FormatError,
+    IntegrityError,
     InvalidArgumentError,
     InvalidRolloutError,
     MismatchError,
     Rollout,
+    StorageError,
     Version,
     Writer,
-    diff_meta,
     snapshot,
 )
 
 REQUEST = "opd_request"
 """Field of `CacheMeta.extra` that tells whether a cache is what a command would make."""
+_FILE = "file://"
+Add = Callable[[Writer], object]
+"""Adds one rollout, such as by `Writer.copy`."""
 
 
 def request(verb: str, *parts: object) -> str:
@@ -46,7 +50,7 @@ def build(
     meta: CacheMeta,
     access: dict[str, Any],
     final_meta: Callable[[], CacheMeta] | None = None,
-    commit_every: int = 4096,
+    commit_every: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     shard_bytes: int = 256 << 20,
     **schema: Any,  # noqa: ANN401
@@ -61,6 +65,8 @@ def build(
         meta: has to have `REQUEST` in `extra`.
         final_meta: called when all are written, for provenance that is known only then; may differ in
             `extra` alone.
+        commit_every: rollouts after which work is safe from a kill, each time at the cost of a shorter
+            shard; None commits whenever a shard is full.
         on_progress: called with rollouts seen.
         schema: as for `opd_store.create`.
 
@@ -68,73 +74,138 @@ def build(
         The version, and whether it was there before.
 
     Raises:
-        CacheExistsError: something else is there.
+        CacheExistsError: something else is there, or another command is at work there.
         FormatError, InvalidRolloutError, InvalidArgumentError: the rollouts are at fault; nothing is kept.
         StorageError: the disk refused; the same command goes on.
     """
-    if (found := _existing(uri, meta, access)) is not None:
-        return Version(found.version, found.digest, f"{found.uri}@{found.digest}"), True
-    partial = partial_path(uri)
-    writer = _writer(partial, meta, shard_bytes, schema)
-    try:
-        with writer:
-            for number, rollout in enumerate(rollouts(), 1):
-                writer.append(rollout)
-                if number % commit_every == 0:
-                    writer.commit()
-                if on_progress is not None:
-                    on_progress(number)
-    except (FormatError, InvalidRolloutError, InvalidArgumentError, MismatchError):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    cache = opd_store.open(partial)
-    return publish(cache, uri, access, meta=meta if final_meta is None else final_meta()), False
+
+    def additions(_: int) -> Iterator[Add]:
+        for rollout in rollouts():
+            yield lambda writer, rollout=rollout: writer.append(rollout)  # type: ignore[misc]
+
+    return build_from(
+        uri,
+        additions,
+        meta=meta,
+        access=access,
+        final_meta=final_meta,
+        commit_every=commit_every,
+        on_progress=on_progress,
+        shard_bytes=shard_bytes,
+        **schema,
+    )
 
 
-def publish(cache: Cache, uri: str, access: dict[str, Any], *, meta: CacheMeta) -> Version:
-    """Give a finished local cache its place, and remove it where it was built."""
-    source, partial = Path(cache.uri), partial_path(uri)
-    whole = partial.with_name(partial.name + ".whole")
-    shutil.rmtree(whole, ignore_errors=True)
-    version = snapshot(cache, whole, meta=meta)
-    shutil.rmtree(whole / "tmp", ignore_errors=True)
-    if is_local(uri):
-        whole.rename(local_path(uri))
-    else:
-        from opd_tools.share.transfer import upload
+def build_from(
+    uri: str,
+    additions: Callable[[int], Iterable[Add]],
+    *,
+    meta: CacheMeta,
+    access: dict[str, Any],
+    final_meta: Callable[[], CacheMeta] | None = None,
+    commit_every: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    shard_bytes: int = 256 << 20,
+    **schema: Any,  # noqa: ANN401
+) -> tuple[Version, bool]:
+    """As `build`, for whoever knows which rollouts a cache has that already holds so many.
 
-        upload(whole, uri, access)
-        shutil.rmtree(whole)
-    shutil.rmtree(source)
-    return dataclasses.replace(version, uri=f"{uri}@{version.digest}")
+    Args:
+        additions: called with how many rollouts are there already; gives what adds the others, always in the
+            same order. What adds one that is there changes nothing.
+    """
+    place = _absolute(uri)
+    partial = partial_path(place)
+    if (found := _existing(place, meta, access)) is not None:
+        _forget(partial, meta)
+        return Version(found.version, found.digest, f"{uri}@{found.digest}"), True
+    with _locked(partial):
+        # The command that held the lock before may have finished.
+        if (found := _existing(place, meta, access)) is not None:
+            shutil.rmtree(partial)
+            return Version(found.version, found.digest, f"{uri}@{found.digest}"), True
+        try:
+            writer = _writer(partial, meta, shard_bytes, schema)
+        except InvalidArgumentError:
+            _remove_if_empty(partial)
+            raise
+        there = 0 if writer.base is None else len(writer.base)
+        try:
+            with writer:
+                for number, add in enumerate(additions(there), 1):
+                    add(writer)
+                    if writer.at_shard_end if commit_every is None else number % commit_every == 0:
+                        writer.commit()
+                    if on_progress is not None:
+                        on_progress(number)
+        except IntegrityError:
+            # Somebody fetches the damaged file again, and then this goes on.
+            raise
+        except (FormatError, InvalidRolloutError, InvalidArgumentError, MismatchError):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        final = meta if final_meta is None else final_meta()
+        version = _place(opd_store.open(partial), place, partial, access, meta=final)
+    return dataclasses.replace(version, uri=f"{uri}@{version.digest}"), False
 
 
 def is_local(uri: str) -> bool:
     """Whether it is a path."""
-    return "://" not in uri or uri.startswith(("file://", "local://"))
+    return "://" not in uri or uri.startswith(_FILE)
 
 
 def local_path(uri: str) -> Path:
     """The path that a local URI means."""
-    return Path(fsspec.core.strip_protocol(uri)) if "://" in uri else Path(uri)
+    return Path(uri.removeprefix(_FILE))
 
 
 def partial_path(uri: str) -> Path:
     """Where a cache that goes to `uri` is built."""
     if is_local(uri):
-        path = local_path(uri)
+        path = Path(os.path.abspath(local_path(uri)))
         return path.with_name(path.name + ".partial")
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "opd" / "building" / hashlib.sha256(uri.encode()).hexdigest()[:24]
 
 
+def _absolute(uri: str) -> str:
+    """The same place, however the address was written."""
+    return os.path.abspath(local_path(uri)) if is_local(uri) else uri.rstrip("/")
+
+
+def _place(cache: Cache, uri: str, partial: Path, access: dict[str, Any], *, meta: CacheMeta) -> Version:
+    """Give a finished local cache its place, and remove it where it was built."""
+    whole = partial.with_name(partial.name + ".whole")
+    shutil.rmtree(whole, ignore_errors=True)
+    version = snapshot(cache, whole, meta=meta)
+    shutil.rmtree(whole / "tmp", ignore_errors=True)
+    if is_local(uri):
+        try:
+            whole.rename(uri)
+            _sync(whole.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{uri}: cannot be put in place: {error.strerror}", errno=error.errno, filename=uri
+            ) from error
+    else:
+        # Not above: it needs `is_local` from here.
+        from opd_tools.share.transfer import upload
+
+        upload(whole, uri, access)
+        shutil.rmtree(whole)
+    shutil.rmtree(partial)
+    return version
+
+
 def _existing(uri: str, meta: CacheMeta, access: dict[str, Any]) -> Cache | None:
     if "@sha256:" in uri:
         raise InvalidArgumentError(f"{uri}: a pinned version cannot be written to")
+    if is_local(uri) and (path := Path(uri)).exists() and not path.is_dir():
+        raise CacheExistsError(f"{uri}: is a file; choose another path")
     try:
         cache = opd_store.open(uri, **({} if is_local(uri) else access))
     except CacheNotFoundError:
-        if is_local(uri) and local_path(uri).exists() and any(local_path(uri).iterdir()):
+        if is_local(uri) and Path(uri).exists() and any(Path(uri).iterdir()):
             raise CacheExistsError(f"{uri}: not empty, and no cache; choose another path") from None
         return None
     if cache.meta.extra.get(REQUEST) != meta.extra[REQUEST]:
@@ -142,17 +213,72 @@ def _existing(uri: str, meta: CacheMeta, access: dict[str, Any]) -> Cache | None
     return cache
 
 
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold a lock on the directory where a cache is built; it vanishes with the process.
+
+    Raises:
+        CacheExistsError: another process builds there.
+    """
+    while True:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StorageError(
+                f"{partial}: cannot create: {error.strerror}", errno=error.errno, filename=str(partial)
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another command may have finished, and removed it, between the two calls above.
+            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+                yield
+                return
+        except BlockingIOError:
+            raise CacheExistsError(f"{partial}: another command is at work there; wait for it") from None
+        finally:
+            os.close(descriptor)
+
+
+def _forget(partial: Path, meta: CacheMeta) -> None:
+    """Remove what a command left that was killed when its cache had its place."""
+    whole = partial.with_name(partial.name + ".whole")
+    if not partial.exists() and not whole.exists():
+        return
+    # Whoever is at work there will do it.
+    with contextlib.suppress(CacheExistsError), _locked(partial):
+        try:
+            ours = opd_store.open(partial).meta.extra.get(REQUEST) == meta.extra[REQUEST]
+        except (CacheNotFoundError, IntegrityError):
+            # Half removed.
+            ours = True
+        if ours:
+            shutil.rmtree(whole, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_if_empty(partial: Path) -> None:
+    with contextlib.suppress(OSError):
+        partial.rmdir()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _writer(partial: Path, meta: CacheMeta, shard_bytes: int, schema: dict[str, Any]) -> Writer:
     try:
         base = opd_store.open(partial)
     except CacheNotFoundError:
         return opd_store.create(partial, meta=meta, shard_bytes=shard_bytes, **schema)
-    for name, expected, found in diff_meta(meta, base.meta):
-        raise MismatchError(
-            f"{partial}: was begun by another command ({name} is {found}, not {expected}); "
-            "remove it to start anew",
-            field=name,
-            expected=expected,
-            found=found,
+    if base.meta.extra.get(REQUEST) != meta.extra[REQUEST] or base.meta != meta:
+        raise CacheExistsError(
+            f"{partial}: was begun by another command; remove it to start anew, or choose another path"
         )
     return opd_store.append(partial, meta=meta, shard_bytes=shard_bytes)

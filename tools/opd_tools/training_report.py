@@ -1,13 +1,7 @@
-"""The page of `opd report`. Everything that comes from files is escaped; images are inline.
-
-The page says nothing that is not in the run's own files.
-"""
+"""The page of `opd report` for a training run. It says nothing that is not in the run's own files."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -15,18 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 from opd_store import FormatError, InvalidArgumentError, StorageError
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from opd_tools.html_page import MAX_ROWS, cut_note, document, figure_tag, plt, shown, table, text
 
 METRICS_FILE, PROVENANCE_FILE = "metrics.jsonl", "opd.json"
 MAX_FILE_BYTES = 1 << 30
 MAX_NUMBER = 1e100
-MAX_TEXT, MAX_ROWS = 500, 400
-"""Longer texts and tables are cut; the files have the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +122,7 @@ def page(run: Run) -> str:
         if isinstance(alarm, dict)
     ]
     figures = "\n".join(
-        f'<figure><img alt="{_text(plot.title)}" src="data:image/png;base64,{_draw(plot, run.rows, alarms)}">'
-        f"<figcaption>{_text(plot.title)}</figcaption></figure>"
+        _draw(plot, run.rows, alarms)
         for plot in PLOTS
         if any(_points(run.rows, name)[0] for name in plot.metrics)
     )
@@ -145,40 +132,21 @@ def page(run: Run) -> str:
     rest = {name: value for name, value in run.provenance.items() if name != "config"}
     seconds: Any = last.get("seconds")
     seconds = seconds if isinstance(seconds, dict) else {}
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Training run {_text(run.name)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}
-figure {{ display: inline-block; width: 48%; min-width: 26rem; margin: 0 0 1rem }}
-figcaption {{ display: none }}
-img {{ width: 100% }}
-table {{ border-collapse: collapse; margin: 0 0 1rem; font-size: 14px }}
-td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; overflow-wrap: anywhere }}
-.raised {{ background: #fde8e8 }}
-</style>
-</head>
-<body>
-<h1>Training run {_text(run.name)}</h1>
-<p>{len(run.rows)} steps, {_text(state)}.</p>
+    body = f"""<p>{len(run.rows)} steps, {state}.</p>
 <h2>Alarms</h2>
 {_alarm_table(alarms)}
 <h2>Curves</h2>
 <p>Dotted lines are the default thresholds of the alarms; red lines are steps at which one was raised.</p>
 {figures}
 <h2>Last step</h2>
-{_table((name, value) for name, value in last.items() if _is_number(value))}
+{table((name, value) for name, value in last.items() if _is_number(value))}
 <h2>Seconds</h2>
-{_table(seconds.items())}
+{table(seconds.items())}
 <h2>Settings</h2>
-{_table(_flat("", config))}
+{table(_flat("", config))}
 <h2>Provenance</h2>
-{_table(_flat("", rest))}
-</body>
-</html>
-"""
+{table(_flat("", rest))}"""
+    return document(f"Training run {run.name}", body)
 
 
 def _alarm_table(alarms: Sequence[dict[str, Any]]) -> str:
@@ -189,25 +157,11 @@ def _alarm_table(alarms: Sequence[dict[str, Any]]) -> str:
     lines = []
     for alarm in alarms[:MAX_ROWS]:
         raised = alarm.get("raised") is True
-        cells = "".join(f"<td>{_text(_shown(alarm.get(name)))}</td>" for name in columns)
+        cells = "".join(f"<td>{text(shown(alarm.get(name)))}</td>" for name in columns)
         lines.append(
             f"<tr{' class=raised' if raised else ''}><td>{'raised' if raised else 'cleared'}</td>{cells}</tr>"
         )
-    return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + f"\n</table>{_cut_note(len(alarms))}"
-
-
-def _table(rows: Iterable[tuple[object, object]]) -> str:
-    found = list(rows)
-    if not found:
-        return "<p>Unknown.</p>"
-    lines = (
-        f"<tr><th>{_text(name)}</th><td>{_text(_shown(value))}</td></tr>" for name, value in found[:MAX_ROWS]
-    )
-    return "<table>\n" + "\n".join(lines) + f"\n</table>{_cut_note(len(found))}"
-
-
-def _cut_note(n: int) -> str:
-    return f"<p>{n - MAX_ROWS} more are left out.</p>" if n > MAX_ROWS else ""
+    return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + f"\n</table>{cut_note(len(alarms))}"
 
 
 def _flat(prefix: str, value: object) -> Iterable[tuple[str, object]]:
@@ -225,18 +179,6 @@ def _flat(prefix: str, value: object) -> Iterable[tuple[str, object]]:
     return found
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else str(value)
-
-
-def _text(value: object) -> str:
-    """Text from a file, harmless in HTML: markup, control and bidi characters escaped, length limited."""
-    shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in str(value))
-    return html.escape(shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 3] + "...")
-
-
 def _is_number(value: object) -> bool:
     """A number that can be drawn: what lies beyond is no measurement, and the plots cannot scale it."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
@@ -249,7 +191,7 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], lis
 
 
 def _draw(plot: Plot, rows: Sequence[dict[str, Any]], alarms: Sequence[dict[str, Any]]) -> str:
-    """A PNG in base64."""
+    """The plot as HTML."""
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     low, high = math.inf, -math.inf
     for name in plot.metrics:
@@ -276,7 +218,5 @@ def _draw(plot: Plot, rows: Sequence[dict[str, Any]], alarms: Sequence[dict[str,
     axes.grid(alpha=0.3)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    # A long run has too many points for an SVG.
+    return figure_tag(plot.title, figure)

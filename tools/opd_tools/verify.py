@@ -8,15 +8,25 @@ from typing import Any
 import click
 
 import opd_store
-from opd_tools.console import MAX_LINE, Meter, access_options, command, print_json, printable
+from opd_tools.console import AT_LEAST_1, MAX_LINE, Meter, access_options, command, print_json, printable
+from opd_tools.destination import is_local
+
+_REMOTE_WORKERS = 4
+"""Some wait for the network while others check."""
 
 
 @click.command("verify")
 @click.argument("uri")
+@click.option(
+    "--workers",
+    type=AT_LEAST_1,
+    help="Shards that are checked at once, each held in memory if it comes from a URL. Default: 1 for a "
+    "path, 4 for a URL.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 @access_options
 @command
-def verify_cache(uri: str, as_json: bool, access: dict[str, Any]) -> None:
+def verify_cache(uri: str, workers: int | None, as_json: bool, access: dict[str, Any]) -> None:
     """Read every byte of the cache URI: checksums, digests, lengths, values, hashes, history. Writes nothing.
 
     Exits with 1 if anything is wrong, after checking the rest. URI may be pinned, as path@sha256:...
@@ -25,7 +35,8 @@ def verify_cache(uri: str, as_json: bool, access: dict[str, Any]) -> None:
     Example: opd verify runs/cache
     """
     with Meter("verifying", "rollouts") as meter:
-        report = opd_store.verify(uri, on_progress=meter.update, **access)
+        chosen = workers or (1 if is_local(uri) else _REMOTE_WORKERS)
+        report = opd_store.verify(uri, on_progress=meter.update, workers=chosen, **access)
     if as_json:
         fields = ("uri", "digest", "versions", "shards", "rollouts", "response_tokens", "n_bytes", "ok")
         print_json(

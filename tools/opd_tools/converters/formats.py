@@ -56,9 +56,41 @@ class Format:
 
 def all_formats() -> tuple[Format, ...]:
     """Those that more than one could read are asked in this order."""
-    from opd_tools.converters import lightning
+    from opd_tools.converters import (
+        axolotl,
+        distillkit,
+        jsonl,
+        lightning,
+        llamacpp,
+        maxtext,
+        megatron,
+        nemo,
+        openai,
+        safetensors_export,
+        sglang,
+        table,
+        table_export,
+        torch_pile,
+        vllm,
+    )
 
-    return (lightning.FORMAT,)
+    return (
+        lightning.FORMAT,
+        distillkit.FORMAT,
+        axolotl.FORMAT,
+        nemo.FORMAT,
+        vllm.FORMAT,
+        sglang.FORMAT,
+        llamacpp.FORMAT,
+        openai.FORMAT,
+        maxtext.FORMAT,
+        megatron.FORMAT,
+        torch_pile.FORMAT,
+        table.FORMAT,
+        table_export.DATASETS,
+        jsonl.FORMAT,
+        safetensors_export.FORMAT,
+    )
 
 
 def by_name(name: str) -> Format:

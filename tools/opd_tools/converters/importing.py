@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import opd_store
-from opd_store import CacheMeta, Cut, InvalidArgumentError, ModelInfo, Rollout, Version
-from opd_tools.converters.alignment import checked
+from opd_store import CacheMeta, Cut, FormatError, InvalidArgumentError, ModelInfo, Rollout, Version
+from opd_tools.converters.alignment import checked, shifted
 from opd_tools.converters.formats import Format, ReadSettings
 from opd_tools.converters.normalise import Target, to_rollout
-from opd_tools.converters.record import Contents, Record, Tally, Values
+from opd_tools.converters.record import Contents, Tally, Values
 from opd_tools.converters.source import Source
 from opd_tools.destination import REQUEST, build, request
 
@@ -29,7 +30,7 @@ def import_cache(
     encoding: str,
     id_table: str,
     shift: int,
-    commit_every: int,
+    commit_every: int | None,
     access: dict[str, Any],
     on_progress: Callable[[int, int | None], None],
 ) -> tuple[Version, bool, Tally]:
@@ -53,21 +54,32 @@ def import_cache(
     contents = how.read(source, settings)
     topk = contents.topk if settings.topk is None else min(settings.topk, contents.topk)
     topk = min(topk, settings.vocab_size)
-    target = Target(vocab_size=settings.vocab_size, topk=topk, values=contents.values)
-    options = (settings, encoding, id_table, shift, commit_every, meta.to_json())
+    target = Target(
+        vocab_size=settings.vocab_size, topk=topk, values=contents.values, overfull=contents.overfull
+    )
+    digest = source.digest()
+    asked = (_asked(settings), encoding, id_table, shift, commit_every, meta.to_json())
     extra = {
         **meta.extra,
-        REQUEST: request("convert", opd_store.__version__, how.name, source.digest(), *options),
+        REQUEST: request("convert", opd_store.__version__, how.name, digest, *asked),
         "converted_from": how.title,
-        "source_digest": source.digest(),
+        "source_digest": digest,
     }
     meta = dataclasses.replace(_with_teacher(meta, contents), extra=extra)
 
     def rollouts() -> Iterator[Rollout]:
         found: Contents = how.read(source, settings)  # type: ignore[misc]
-        records = (_shifted(record, shift) for record in found.records)
-        for record in checked(records, name=how.name):
+        moved = (shifted(record, shift, tally) for record in found.records)
+        empty = True
+        for record in checked((record for record in moved if record is not None), name=how.name):
+            empty = False
             yield to_rollout(record, target, tally)
+        tally.update(found.tally)
+        if empty:
+            left_out = "; ".join(f"{count:,} {what}" for what, count in sorted(tally.items()))
+            raise FormatError(
+                f"{source.uri}: no rollout in it" + (f" that could be used: {left_out}" if left_out else "")
+            )
 
     def final_meta() -> CacheMeta:
         lost = [*contents.lost, *(f"{count:,} {what}" for what, count in sorted(tally.items()))]
@@ -106,29 +118,7 @@ def _with_teacher(meta: CacheMeta, contents: Contents) -> CacheMeta:
     return dataclasses.replace(meta, teacher=teacher)
 
 
-def _shifted(record: Record, shift: int) -> Record:
-    """Rows moved to the token `shift` places later; tokens that are left without a row become prompt, or go.
-
-    A file whose row t is about token t + 1 although its format says t is read with shift 1."""
-    if not shift:
-        return record
-    tokens, prompt = record.token_ids, record.prompt_len
-    n_rows = len(tokens) - prompt
-    first, end = max(0, shift), n_rows + min(0, shift)
-    if end - first < 1:
-        raise InvalidArgumentError(f"{record.where}: --shift {shift} leaves no row of {n_rows}")
-
-    def rows(array: Any) -> Any:  # noqa: ANN401
-        return None if array is None else array[first - shift : end - shift]
-
-    return dataclasses.replace(
-        record,
-        token_ids=tokens[: prompt + end],
-        prompt_len=prompt + first,
-        topk_ids=rows(record.topk_ids),
-        topk_logprob=rows(record.topk_logprob),
-        log_tail=rows(record.log_tail),
-        teacher_logprob=rows(record.teacher_logprob),
-        behaviour_logprob=None if record.behaviour_logprob is None else record.behaviour_logprob[first:end],
-        loss_mask=None if record.loss_mask is None else record.loss_mask[first:end],
-    )
+def _asked(settings: ReadSettings) -> tuple[object, ...]:
+    """What of the settings the result depends on: contents, not paths. The tokenizer is part of the meta."""
+    config = None if settings.config is None else hashlib.sha256(settings.config.read_bytes()).hexdigest()
+    return settings.vocab_size, settings.topk, sorted(settings.columns.items()), config

@@ -8,18 +8,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from opd_store import Cache, FormatError, InvalidArgumentError
+from opd_tools.converters.arrow_lists import Rows, depth
 from opd_tools.converters.formats import Format, ReadSettings, WriteSettings
-from opd_tools.converters.parquet import record_batches, schema_of
+from opd_tools.converters.parquet import schema_of, tables
 from opd_tools.converters.record import Contents, Record
 from opd_tools.converters.source import Source
 from opd_tools.converters.text import TextTokenizer
 
 _COLUMNS = {"prompt", "metadata"}
 _FIELDS = {"response_tokens", "teacher_log_probs"}
+_DEPTHS = {
+    **{"prompt": 0, "label": 0, "sample_id": 0},
+    **dict.fromkeys(("response_tokens", "teacher_log_probs", "student_log_probs", "loss_mask"), 1),
+}
+_NEEDED = {"prompt", *_FIELDS}
 
 
 def detect(source: Source) -> bool:
@@ -45,28 +51,48 @@ def read(source: Source, settings: ReadSettings) -> Contents:
 
 
 def _records(source: Source, tokenizer: TextTokenizer) -> Iterator[Record]:
-    for where, row in record_batches(source):
-        metadata = row.get("metadata") or {}
-        try:
-            response = np.asarray(metadata["response_tokens"], np.int64)
-            teacher = np.asarray(metadata["teacher_log_probs"], np.float64)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{where}: metadata without tokens or log-probs: {error!s:.100}") from error
-        prompt = tokenizer.encode(row.get("prompt") or "", where)
-        mask: NDArray[np.bool_] | None = None
-        if metadata.get("loss_mask") is not None:
-            mask = np.asarray(metadata["loss_mask"]) != 0
-        behaviour = metadata.get("student_log_probs")
-        yield Record(
-            where=where,
-            token_ids=np.concatenate([prompt, response]),
-            prompt_len=len(prompt),
-            teacher_logprob=teacher,
-            behaviour_logprob=None if behaviour is None else np.asarray(behaviour, np.float64),
-            loss_mask=mask,
-            label=row.get("label"),
-            sample_id=metadata.get("sample_id"),
-        )
+    for file, start, batch in tables(source):
+        found = _columns(batch, f"{file}, rows {start} to {start + len(batch) - 1}")
+        for number in range(len(batch)):
+            where = f"{file}, row {start + number}"
+            row = {name: column[number] for name, column in found.items()}
+            response, teacher = row["response_tokens"], row["teacher_log_probs"]
+            if response is None or teacher is None:
+                raise FormatError(f"{where}: metadata without tokens or log-probs")
+            prompt = tokenizer.encode(row["prompt"] or "", where)
+            mask, label, sample_id = row.get("loss_mask"), row.get("label"), row.get("sample_id")
+            yield Record(
+                where=where,
+                token_ids=np.concatenate([prompt, response]),
+                prompt_len=len(prompt),
+                teacher_logprob=teacher,
+                behaviour_logprob=row.get("student_log_probs"),
+                loss_mask=None if mask is None else mask != 0,
+                label=None if label is None else str(label),
+                sample_id=None if sample_id is None else str(sample_id),
+            )
+
+
+def _columns(batch: pa.RecordBatch, where: str) -> dict[str, Rows]:
+    """Columns of the table and of its metadata. Raises FormatError: one is missing, or of another type."""
+    found = {}
+    metadata = batch.column("metadata") if "metadata" in batch.schema.names else None
+    for name, levels in _DEPTHS.items():
+        if name in ("prompt", "label"):
+            column = batch.column(name) if name in batch.schema.names else None
+        elif metadata is None or not pa.types.is_struct(metadata.type):
+            raise FormatError(f"{where}: no struct column metadata")
+        else:
+            has = metadata.type.get_field_index(name) >= 0
+            column = pc.struct_field(metadata, name) if has else None
+        if column is None or pa.types.is_null(column.type):
+            if name in _NEEDED:
+                raise FormatError(f"{where}: no {name}")
+            continue
+        if depth(column.type) != levels:
+            raise FormatError(f"{where}, {name}: a column of type {column.type!s:.60}")
+        found[name] = Rows(column, f"{where}, {name}")
+    return found
 
 
 def write(cache: Cache, out: Path, settings: WriteSettings, on_progress: Callable[[int, int], None]) -> None:

@@ -14,6 +14,13 @@ from opd_store.rollout import Scalar
 
 NO_ENTRY = -1
 """Fills up `Record.topk_ids` where a row has fewer entries than others."""
+OVERFULL = 0.02
+"""By how much probabilities may exceed 1 in sum through rounding: bfloat16 moves a log-prob by at most 1/256
+of it, and the sum by at most 1/256 of the entropy, which stays below 5 nats where top-k is of use."""
+
+
+class Tally(Counter[str]):
+    """How often something had to be given up, by what it is; printed, and kept in the provenance."""
 
 
 class Values(StrEnum):
@@ -43,15 +50,18 @@ class Record:
     teacher_logprob: NDArray[np.floating] | None = None
     """[R] of the tokens themselves, where the file has it beside the entries; NaN where a row lacks it."""
     topk_ids: NDArray[np.int64] | None = None
-    """[R, k] in any order; `NO_ENTRY` is no entry."""
+    """[R, k] in any order; `NO_ENTRY` is no entry. Rows without any at the start count as prompt, those at
+    the end go with their tokens; one in between is an error."""
     topk_logprob: NDArray[np.floating] | None = None
     """[R, k] what the file says, decoded in float64 where it has to be decoded."""
     log_tail: NDArray[np.floating] | None = None
     """[R] where the file has it, such as from a logsumexp."""
     behaviour_logprob: NDArray[np.floating] | None = None
+    reference_logprob: NDArray[np.floating] | None = None
     loss_mask: NDArray[np.bool_] | None = None
     sample_id: str | None = None
     finish_reason: str = "unknown"
+    policy_version: int | None = None
     reward: float | None = None
     label: str | None = None
     extra: Mapping[str, Scalar] = field(default_factory=dict)
@@ -74,7 +84,8 @@ class Contents:
     """`x_*` user columns of the records, with their types."""
     total: int | None = None
     """Records, where that is known without reading them."""
-
-
-class Tally(Counter[str]):
-    """How often something had to be given up, by what it is; printed, and kept in the provenance."""
+    overfull: float = OVERFULL
+    """By how much probabilities of a position may exceed 1 in sum, to be scaled down; more is an error.
+    Higher for a codec that is known to lose more than rounding does."""
+    tally: Tally = field(default_factory=Tally)
+    """What the importer itself had to give up; grows while `records` are read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -17,6 +19,7 @@ from opd_store import CacheNotFoundError, FormatError, InvalidArgumentError, Sto
 MAX_LINE = 256 << 20
 """Bytes of one line of JSON."""
 _HEAD = 1 << 16
+_JSON = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 
 
 class Source:
@@ -30,6 +33,7 @@ class Source:
             StorageError: the place cannot be read.
         """
         self.uri = uri
+        self._first: list[Any] | None = None
         try:
             self.fs, self.root = fsspec.core.url_to_fs(uri, **(storage_options or {}))
             if self.fs.isfile(self.root):
@@ -69,56 +73,85 @@ class Source:
         with self.open(name) as file:
             data = file.read(n_bytes)
         if data[:2] == b"\x1f\x8b":
-            return zlib.decompressobj(31).decompress(data, _HEAD)
+            try:
+                return zlib.decompressobj(31).decompress(data, _HEAD)
+            except zlib.error:
+                return b""
         return data
 
-    def first_json(self, name: str) -> Any:  # noqa: ANN401
-        """The first line of a file as a JSON value, or the whole of a small file; None if it is no JSON."""
-        data = self.head(name, 16 * _HEAD)
-        for text in (data, data.split(b"\n", 1)[0]):
-            try:
-                return json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-        return None
+    def json_names(self) -> list[str]:
+        """Files that hold JSON by their names; a single file may have any name."""
+        return self.names if self.names == [self.root] else self.named(*_JSON)
 
-    def json_lines(self, name: str) -> Iterator[tuple[str, Any]]:
-        """Each line's place and value. Raises FormatError for a line that is not JSON, or too long."""
-        with self.open(name) as raw:
-            file: IO[bytes] = raw
-            if raw.read(2) == b"\x1f\x8b":
-                import gzip
+    def first_json(self) -> Any:  # noqa: ANN401
+        """The first JSON value of the first file that `json_names` gives; None if there is none."""
+        if self._first is None:
+            self._first = [None]
+            names = self.json_names()
+            if names and self.head(names[0]).lstrip()[:1] in (b"{", b"["):
+                with contextlib.suppress(FormatError):
+                    self._first = [next(self.json_values(names[0]), ("", None))[1]]
+        return self._first[0]
 
-                raw.seek(0)
-                file = gzip.open(raw)  # type: ignore[assignment]  # noqa: SIM115
-            else:
-                raw.seek(0)
+    def json_values(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Values of a file, one a line, or one over many lines, or a list of them; with their places.
+
+        Raises:
+            FormatError: not JSON, or longer than `MAX_LINE`.
+        """
+        with self._unpacked(name) as file:
             lines = io.BufferedReader(file, 1 << 20)  # type: ignore[type-var]
-            number = 0
+            number, several = 0, False
             while line := lines.readline(MAX_LINE + 1):
                 number += 1
-                where = f"{self.shown(name)}, line {number}"
-                if len(line) > MAX_LINE:
-                    raise FormatError(f"{where}: longer than {MAX_LINE} bytes")
                 if not line.strip():
                     continue
-                yield where, parsed(line, where)
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    if not several:
+                        line += lines.read(MAX_LINE + 1 - len(line))
+                    value = _parsed(line, self.shown(name), number)
+                where = f"{self.shown(name)}, line {number}"
+                if isinstance(value, list):
+                    yield from ((f"{where}, item {at}", item) for at, item in enumerate(value))
+                else:
+                    yield where, value
+                several = True
 
     def digest(self) -> str:
-        """Over names, sizes and beginnings of all files: tells sources apart without reading them."""
+        """Over names, sizes, beginnings and ends of all files: tells sources apart without reading them."""
         digest = hashlib.sha256()
         for name in self.names:
-            head = hashlib.sha256(self.head(name)).hexdigest()
-            digest.update(f"{self.shown(name)}\0{self.size(name)}\0{head}\n".encode())
+            size = self.size(name)
+            with self.open(name) as file:
+                ends = hashlib.sha256(file.read(_HEAD))
+                file.seek(max(0, size - _HEAD))
+                ends.update(file.read(_HEAD))
+            digest.update(f"{self.shown(name)}\0{size}\0{ends.hexdigest()}\n".encode())
         return "sha256:" + digest.hexdigest()
 
+    @contextlib.contextmanager
+    def _unpacked(self, name: str) -> Iterator[IO[bytes]]:
+        """A file, or what is in it if it is gzip. Raises FormatError: its gzip is damaged or cut off."""
+        with self.open(name) as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            try:
+                yield gzip.open(raw) if packed else raw  # type: ignore[misc]  # noqa: SIM115
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise FormatError(f"{self.shown(name)}: damaged, or cut off: {error!s:.200}") from error
 
-def parsed(line: bytes | str, where: str) -> Any:  # noqa: ANN401
-    """A JSON value, NaN and infinities included as Python writes them. Raises FormatError."""
+
+def _parsed(text: bytes, name: str, number: int) -> Any:  # noqa: ANN401
+    """A JSON value that begins at a line, NaN and infinities included as Python writes them."""
+    if len(text) > MAX_LINE:
+        raise FormatError(f"{name}, line {number}: more than {MAX_LINE} bytes; write one JSON value a line")
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON, or cut off: {error!s:.200}") from error
+        number += getattr(error, "lineno", 1) - 1
+        raise FormatError(f"{name}, line {number}: not JSON, or cut off: {error!s:.200}") from error
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

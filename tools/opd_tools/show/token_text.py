@@ -10,8 +10,8 @@ from typing import Any
 from opd_store import CacheMeta, InvalidArgumentError, MismatchError
 from opd_tools.converters.text import identity, tokenizer_file
 
-_BEFORE = 4
-"""Tokens that are decoded before one, since its text may depend on them: a space, a part of a character."""
+_LONGEST_CHARACTER = 4
+"""Tokens, of a byte each."""
 _UNFINISHED = "\ufffd"
 
 
@@ -33,8 +33,8 @@ class TokenTexts:
         fingerprint, _ = identity(file)
         if fingerprint != meta.tokenizer_fingerprint:
             raise MismatchError(
-                f"{file}: its fingerprint is {fingerprint}, the cache has {meta.tokenizer_fingerprint}; give the "
-                "tokenizer that the cache was made with, or leave --tokenizer out to see ids",
+                f"{file}: its fingerprint is {fingerprint}, the cache has {meta.tokenizer_fingerprint}; give "
+                "the tokenizer that the cache was made with, or leave --tokenizer out to see ids",
                 field="tokenizer_fingerprint",
                 expected=meta.tokenizer_fingerprint,
                 found=fingerprint,
@@ -51,27 +51,24 @@ class TokenTexts:
     def texts(self, ids: Sequence[int]) -> list[str]:
         """Text of each id where it stands; all of them together are the text of the sequence.
 
-        The first tokens of a character made of several have "", the last one has the character.
+        Of tokens that make up one character only together, the last one has it and the others have "". A
+        token without any text has its name in the vocabulary.
         """
-        found = []
-        start = 0
-        pending = 0
+        found: list[str] = []
+        first = shown = 0  # ids[first:shown] is context, ids[shown:] waits to become whole characters
         for end in range(1, len(ids) + 1):
-            before = self._decode(ids[start : end - 1 - pending])
-            now = self._decode(ids[start:end])
-            if not now.startswith(before) or pending > _BEFORE:
-                found += [""] * 0 + [self.text(ids[end - 1])]
-                start, pending = end - 1, 0
-                continue
+            context, now = self._decode(ids[first:shown]), self._decode(ids[first:end])
+            text = now[len(context) :] if now.startswith(context) else ""
+            # Some decoders give up a whole run of bytes for one that is missing, so context may change too.
             if now.endswith(_UNFINISHED):
-                pending += 1
-                found.append("")
-                continue
-            new = now[len(before) :]
-            # A token without a text of its own is shown by its name.
-            found.append(new if new or pending else self.text(ids[end - 1]))
-            pending = 0
-            start = max(start, end - _BEFORE)
+                if end < len(ids) and end - shown < _LONGEST_CHARACTER:
+                    found.append("")
+                    continue
+                # Bytes that are no character.
+                found[shown:] = [self.text(token_id) for token_id in ids[shown:end]]
+            else:
+                found.append(text or self.text(ids[end - 1]))
+            first, shown = shown, end
         return found
 
     def _text(self, token_id: int) -> str:

@@ -1,0 +1,4 @@
+"""How large the samples are."""
+
+VOCAB = 41
+TOPK = 5
