@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from opd_tools.main import main
 from tools.commands import CommandServer
 
@@ -81,7 +82,12 @@ def test_python_blocks_run(first_result):
 
 def test_readme_lists_every_verb():
     for verb in main.commands:
-        assert f"`opd {verb} " in README, verb
+        assert re.search(rf"`opd {verb}[ `]", README), verb
+
+
+def test_the_table_of_formats_is_what_the_command_prints():
+    shown = CliRunner().invoke(main, ["formats", "--markdown"]).output
+    assert shown in (ROOT / "docs" / "formats.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

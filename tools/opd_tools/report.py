@@ -28,7 +28,7 @@ from opd_tools.console import AT_LEAST_1, Meter, access_options, command, print_
 @access_options
 @command
 def report(uri: str, out: Path | None, limit: int, as_json: bool, access: dict[str, Any]) -> None:
-    """Show a training run, or a cache at a path or URL, as one HTML file that loads nothing from elsewhere.
+    """Show a training run or a cache as one HTML file that loads nothing.
 
     Of a run: curves, alarms, settings and provenance, from metrics.jsonl and the newest opd.json; works while
     the run goes on. Of a cache: what `opd inspect` and `opd stats` tell, with plots, by teacher, finish

@@ -210,10 +210,7 @@ def test_the_card_says_whether_the_teachers_agree(tmp_path, student, said):
     assert said in (tmp_path / "out/README.md").read_text()
 
 
-HOSTILE = (
-    "\x1b[2J\u202e| --- \n# heading `code` <script>alert(1)</script> [x](javascript:y) \ud83d\ude00 \u2028---\n"
-    * 3
-)
+HOSTILE = "\x1b[2J\u202e| --- \n# heading `code` <script>alert(1)</script> [x](javascript:y) \u2028---\n" * 3
 
 
 def test_hostile_metadata_stays_text(tmp_path):
@@ -247,7 +244,7 @@ def test_hostile_metadata_stays_text(tmp_path):
 
 
 def test_the_preview(tmp_path, monkeypatch):
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer().backend_tokenizer
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ids = tokenizer.get_vocab_size()
     meta = CacheMeta(

@@ -95,6 +95,7 @@ def use(path, other):
     run("diff", cache, other, codes=(1,))
     run("diff", cache, other, "--json", codes=(1,))
     run("verify", cache)
+    run("log", cache)
     run("report", cache, "--out", path / "page.html")
     text = (path / "page.html").read_text("utf-8")
     assert not [char for char in text if not (char == "\n" or char.isprintable())]

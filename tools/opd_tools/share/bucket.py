@@ -22,7 +22,7 @@ from opd_tools.share.places import TRIES, Item, arrived_wrong, read_digest, requ
 
 T = TypeVar("T")
 
-_PART = 16 << 20
+_PART = 8 << 20
 """Larger files go in parts of this size; S3 takes 10,000 of them."""
 _AT_ONCE = 4
 

@@ -157,10 +157,11 @@ def taken(where: str) -> CacheExistsError:
 def require_intact(item: Item, digest: bytes) -> None:
     """Refuse a file that is damaged here. Raises IntegrityError."""
     if digest != item.sha256:
+        where = str(item.source) if isinstance(item.source, Path) else item.name
         raise IntegrityError(
-            f"{item.source if isinstance(item.source, Path) else item.name}: not the {item.n_bytes} bytes with "
-            "the digest in its name, so it was not sent. Run `opd verify` on this cache, then fetch it again.",
-            uri=item.name,
+            f"{where}: not the {item.n_bytes} bytes with the digest in its name, so it was not sent. "
+            "Run `opd verify` on this cache, then fetch the file again.",
+            uri=where,
         )
 
 

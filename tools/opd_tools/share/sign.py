@@ -14,7 +14,7 @@ from opd_tools.share.signature import sign as sign_cache
 @click.argument("uri", metavar="CACHE")
 @click.option(
     "--key",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     required=True,
     help="PEM file with a private key on the curve P-256, P-384 or P-521. `openssl ecparam -name prime256v1 "
     "-genkey -noout` makes one.",

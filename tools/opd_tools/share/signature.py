@@ -116,7 +116,7 @@ def check_signature(uri: str, key: Path, access: dict[str, Any]) -> Signed:
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
     except (OSError, ValueError, TypeError) as error:
-        raise InvalidArgumentError(f"--key {key}: not a public key to check with: {error!s:.200}") from error
+        raise InvalidArgumentError(f"--key {key}: cannot be checked with: {error!s:.200}") from error
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "signature")
         path.write_bytes(data)

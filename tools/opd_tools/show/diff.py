@@ -55,7 +55,7 @@ def diff(
     as_json: bool,
     access: dict[str, Any],
 ) -> None:
-    """Compare the caches A and B: provenance, schema, which rollouts they have, and every value of those.
+    """Compare the caches A and B: provenance, schema, rollouts and values.
 
     Rollouts are found by their hash, so their order does not matter. Of top-k with different K, the ranks
     that both have are compared. The KL divergence from A to B, in nats, is the least that both top-k and

@@ -44,7 +44,7 @@ _BRIEF = (
 @access_options
 @command
 def stats(uri: str, by: tuple[str, ...], limit: int, as_json: bool, access: dict[str, Any]) -> None:
-    """Show lengths, log-probs, entropy, mass of k ranks, ratio of teacher to behaviour policy, ESS of URI.
+    """Show lengths, log-probs, entropy, mass of k ranks, ratios and ESS of URI.
 
     Log-probs and entropies are in nats. The entropy is between two bounds, since of what is outside the top-k
     only the sum is known. Mass, mean and ESS are exact for the rollouts read; quantiles are right to 4 %.
