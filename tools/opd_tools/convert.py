@@ -24,7 +24,7 @@ from opd_tools.converters.importing import import_cache
 from opd_tools.converters.source import Source
 from opd_tools.converters.text import identity, tokenizer_file
 
-_PATH = click.Path(exists=True, path_type=Path)
+_PATH = click.Path(path_type=Path)
 
 
 @click.command("convert")

@@ -53,6 +53,14 @@ def test_text_with_numbers(made):
     assert shown == "  prompt: thecat\n  response: sat~on~[2.3]\u23ce[1.0]\n  mat[0.1]"
 
 
+def test_a_vocabulary_of_words_without_one_for_the_unknown(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="?")).save(str(file))
+    meta = CacheMeta(vocab_size=2, tokenizer_fingerprint=opd_store.tokenizer_fingerprint(file.read_bytes()))
+    texts = TokenTexts(file, meta)
+    assert [texts.text(0), texts.text(1)] == ["one", "two"]
+
+
 def test_ids_without_a_tokenizer():
     assert flowing_plain(view([4, 5], [-0.5, 0.0])) == "  prompt: 2 3 \n  response: 4[0.5] 5"
 

@@ -83,10 +83,11 @@ class TokenTexts:
     @functools.cached_property
     def _anchor(self) -> int:
         """A token with a text, after which others have the text that they have inside a sequence."""
-        for text in ("a", "A", "1", "."):
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-            if len(ids) == 1 and self._decode(ids):
-                return int(ids[0])
+        # By name: encoding a text that is not in a vocabulary of words is an error.
+        for name in ("a", "A", "1", "."):
+            token_id = self._tokenizer.token_to_id(name)
+            if token_id is not None and self._decode([token_id]):
+                return int(token_id)
         return 0
 
     def _decode(self, ids: Sequence[int]) -> str:
