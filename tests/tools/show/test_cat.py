@@ -58,7 +58,7 @@ def test_a_vocabulary_of_words_without_one_for_the_unknown(tmp_path):
     Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="?")).save(str(file))
     meta = CacheMeta(vocab_size=2, tokenizer_fingerprint=opd_store.tokenizer_fingerprint(file.read_bytes()))
     texts = TokenTexts(file, meta)
-    assert [texts.text(0), texts.text(1)] == ["one", "two"]
+    assert [texts.text(0), texts.text(1)] == [" one", " two"]
 
 
 def test_ids_without_a_tokenizer():
