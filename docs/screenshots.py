@@ -153,7 +153,7 @@ def report_picture(page: Path, out: Path, browser: str | None) -> Path:
     if browser is not None:
         picture = out / "cli-report.png"
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += ["--window-size=1280,1800", f"--screenshot={picture.resolve()}", page.resolve().as_uri()]
+        command += ["--window-size=1100,1500", f"--screenshot={picture.resolve()}", page.resolve().as_uri()]
         subprocess.run(command, check=True, timeout=300, env=os.environ.copy())
         return picture
     plots = dict(
@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         screenshot(args.out / "cli-cat.svg", title, cat_lines(cache, tokenizer))
         page = Path(folder, "page.html")
         CliRunner().invoke(opd, ["report", str(cache), "--out", str(page)], catch_exceptions=False)
+        page.write_text(page.read_text().replace(str(cache), "runs/cache"))
         report = report_picture(page, args.out, args.browser)
     for path in (args.out / "cli-inspect.svg", args.out / "cli-cat.svg", report):
         print(f"{path}: {path.stat().st_size:,} bytes")

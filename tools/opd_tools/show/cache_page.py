@@ -30,18 +30,19 @@ def page(name: str, sections: Mapping[str, Mapping[str, Any]], sample: Sample) -
 
     Args:
         name: of the cache.
-        sections: what `opd inspect` shows.
+        sections: what `opd inspect` shows; the first comes first, the others last.
         sample: what was measured, by all columns that it is to be shown by.
     """
     whole, groups = sample.collector.whole, sample.collector.groups
+    facts = [f"<h2>{title.capitalize()}</h2>\n{_facts(rows)}" for title, rows in sections.items()]
     parts = [
         f"<p>Numbers and plots are of {sample.said}. Log-probs and entropies are in nats.</p>",
-        *(f"<h2>{title.capitalize()}</h2>\n{_facts(rows)}" for title, rows in sections.items()),
-        "<h2>Numbers</h2>",
-        table(_lines(summary(whole))),
+        *facts[:1],
         "<h2>Distributions</h2>",
         *_figures(whole, groups["finish_reason"]),
         *_size_figure(sections.get("bytes per position", {})),
+        "<h2>Numbers</h2>",
+        table(_lines(summary(whole))),
     ]
     several = [(column, found) for column, found in groups.items() if len(found) > 1]
     for column, found in several[:_COLUMNS]:
@@ -49,6 +50,7 @@ def page(name: str, sections: Mapping[str, Mapping[str, Any]], sample: Sample) -
         lines = [[value, *brief(summary(stats))] for value, stats in ranked.items()]
         parts += [f"<h2>By {printable(column, 64)}</h2>", grid(["", *brief_heads()], lines)]
         parts += _group_figures(column, ranked)
+    parts += facts[1:]
     return document(f"Cache {name}", "\n".join(parts))
 
 
