@@ -5,7 +5,7 @@ SECONDS ?= 60
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test test-cloud bench-format bench-loader bench-train fuzz lint format clean
+.PHONY: demo demo-smollm2 test test-cloud bench-format bench-loader bench-convert bench-train fuzz lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/addition/demo.py --out runs/demo
@@ -18,10 +18,10 @@ demo-smollm2: $(INSTALLED)
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# With Azurite, which comes from npm; everything else in tests/cloud is part of `make test`.
+# With Azurite, which comes from npm; everything else in these folders is part of `make test`.
 test-cloud: $(INSTALLED)
 	npm install --silent --no-save --prefix build/azurite azurite
-	AZURITE=build/azurite/node_modules/azurite $(BIN)/python -m pytest -n 2 --dist loadfile tests/cloud
+	AZURITE=build/azurite/node_modules/azurite $(BIN)/python -m pytest -n 2 --dist loadfile tests/cloud tests/tools/share
 
 # About half an hour for scoring, once; then a minute.
 bench-format: $(INSTALLED)
@@ -35,6 +35,11 @@ bench-loader: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
 	$(BIN)/python bench/data.py runs/bench-data
 	$(BIN)/python bench/loader.py runs/bench-data --out docs/figures
+
+# 1 GiB of foreign files into caches; a cache of a thousand shards opened over S3.
+bench-convert: $(INSTALLED)
+	$(BIN)/python bench/convert.py --gib 1
+	$(BIN)/python bench/opening.py
 
 # The last program trains several hundred students, in a few hours; it goes on where it was stopped.
 bench-train: $(INSTALLED)

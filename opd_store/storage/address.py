@@ -23,9 +23,8 @@ EXTRAS = {
 }
 """Protocols that are read through fsspec, and the extra of this package that each needs."""
 WRITE_LOCALLY = (
-    "caches are written to a local directory. Write there, then copy index/, shards/ and tables/ to the "
-    "bucket, and manifests/ last, for example with "
-    "`fsspec.filesystem('s3').put(directory, url, recursive=True)`."
+    "caches are written to a local directory. Write there, then copy it to the bucket with `opd publish`, or "
+    "by hand: index/, shards/ and tables/ first, manifests/ last."
 )
 
 

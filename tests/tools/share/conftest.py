@@ -70,7 +70,17 @@ def hub(monkeypatch) -> Iterator[HubServer]:
         yield found
 
 
-@pytest.fixture(params=["directory", "memory", "moto", "seaweedfs", "fake_gcs", "hub", "azurite"])
+@pytest.fixture(
+    params=[
+        "directory",
+        "memory",
+        "moto",
+        "seaweedfs",
+        "fake_gcs",
+        "hub",
+        pytest.param("azurite", marks=pytest.mark.cloud),
+    ]
+)
 def place(request, tmp_path) -> tuple[str, dict[str, object]]:
     """An address that nothing is at, and what `opd_store.open` needs for it."""
     name = f"{tmp_path.name}-{abs(hash(tmp_path))}"
@@ -78,8 +88,6 @@ def place(request, tmp_path) -> tuple[str, dict[str, object]]:
         return str(tmp_path / "published"), {}
     if request.param == "memory":
         return f"memory://{name}", {"storage_options": {}}
-    if request.param == "azurite":
-        request.applymarker(pytest.mark.cloud)
     found = request.getfixturevalue(request.param)
     url = REPO if request.param == "hub" else f"{found.root}/{name}"
     return url, {"storage_options": found.options}
