@@ -8,8 +8,8 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from opd_tools.console import printable
-from opd_tools.evaluate import is_match
 from opd_tools.main import main
+from opd_tools.training.evaluate import is_match
 from train.tiny_models import loaded, random_rollouts, rollouts_jsonl
 
 import opd_store

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from opd_tools.training_report import PLOTS, page, read_run
+from opd_tools.training.run_page import PLOTS, page, read_run
 
 from opd_train.training.monitors import DriftConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from opd_tools.loss_options import CORRECTIONS
+from opd_tools.training.loss_options import CORRECTIONS
 
 from opd_store import InvalidArgumentError
 from opd_train.corrections import (

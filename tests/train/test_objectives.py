@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from train.tiny_models import VOCAB, loaded, random_rollouts, scored_cache
 
-from opd_store import InvalidArgumentError
+from opd_store import InvalidArgumentError, layout
 from opd_train import CorrectionConfig, CorrectionKind, Objective, collate
 from opd_train.corrections import DriftGate, StalenessDecay
 from opd_train.data.batches import TeacherTargets
@@ -177,6 +178,36 @@ def test_value_count_and_gradient(batch, student, hidden, lm_head, config, chunk
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
     masked = ~batch.loss_mask
     assert (ours.grad[masked] == 0).all(), "a masked token has no gradient"
+    student.model.zero_grad()
+
+
+@pytest.mark.parametrize("sum_in", ["all", "first rank"])
+@pytest.mark.parametrize("config", CASES, ids=name_of)
+def test_sums_above_one_are_no_nan(batch, student, hidden, lm_head, config, sum_in):
+    """A cache may claim roundings that lift a sum of probabilities as far as readers accept."""
+    error = layout.LARGEST_SUM_ERROR
+    if sum_in == "all":
+        lifted = {"topk_logprob": batch.topk_logprob + error, "log_tail": batch.log_tail + error}
+        lifted |= {name: getattr(batch, name) + error for name in ("chosen_logprob", "chosen_log_tail")}
+    else:
+        rest = torch.full_like(batch.topk_logprob[:, 1:], error / 5).log()
+        lifted = {"topk_logprob": torch.cat([torch.zeros_like(rest[:, :1]), rest], dim=1)}
+        lifted["log_tail"] = torch.full_like(batch.log_tail, -torch.inf)
+    lifted["teacher_logprob"] = (batch.teacher_logprob + error).clamp(max=0)
+    found = {}
+    for name, one in {"lifted": dataclasses.replace(batch, **lifted), "batch": batch}.items():
+        states = hidden.clone().requires_grad_()
+        result = distill_loss(config, hidden=states, lm_head=lm_head, batch=one)
+        result.loss.backward()
+        assert torch.isfinite(result.loss)
+        assert all(math.isfinite(value) for value in summarise(result.sums).values())
+        found[name] = states.grad
+    assert torch.isfinite(found["lifted"]).all()
+    if sum_in == "all":
+        # A position weighs exp(error) times as much at most, but for what the clip of Lightning cuts.
+        gap = error * len(batch.loss_mask) if config.objective is Objective.LIGHTNING else 0.0
+        change = (found["lifted"] - found["batch"]).norm()
+        assert change <= 1.05 * math.expm1(error) * found["batch"].norm() + gap
     student.model.zero_grad()
 
 

@@ -7,9 +7,6 @@ import click
 import opd_store
 from opd_tools.completion import completion
 from opd_tools.convert import convert, formats
-from opd_tools.evaluate import evaluate
-from opd_tools.inspect import inspect_cache
-from opd_tools.report import report
 from opd_tools.rewrite.dedup import dedup
 from opd_tools.rewrite.filter import filter_cache
 from opd_tools.rewrite.gc import gc
@@ -18,16 +15,19 @@ from opd_tools.rewrite.log import log
 from opd_tools.rewrite.merge import merge
 from opd_tools.rewrite.recode import recode
 from opd_tools.rewrite.split import split
-from opd_tools.rollouts import rollouts
-from opd_tools.score import score
 from opd_tools.share.publish import publish
 from opd_tools.share.pull import pull
 from opd_tools.share.sign import sign
 from opd_tools.show.cat import cat, head
 from opd_tools.show.diff import diff
+from opd_tools.show.inspect import inspect_cache
+from opd_tools.show.report import report
 from opd_tools.show.stats import stats
-from opd_tools.train import train
-from opd_tools.verify import verify_cache
+from opd_tools.show.verify import verify_cache
+from opd_tools.training.evaluate import evaluate
+from opd_tools.training.rollouts import rollouts
+from opd_tools.training.score import score
+from opd_tools.training.train import train
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Make a cache": (rollouts, score, convert, formats),

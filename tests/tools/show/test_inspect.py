@@ -7,8 +7,8 @@ import json
 import fsspec
 import pytest
 from click.testing import CliRunner
-from opd_tools.inspect import describe
 from opd_tools.main import main
+from opd_tools.show.inspect import describe
 from tools.show.caches import VOCAB, some_rollouts, write
 
 import opd_store

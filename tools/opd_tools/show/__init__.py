@@ -1,1 +1,1 @@
-"""Verbs that look inside a cache and write nothing to it: cat, head, stats, diff, and the page of report."""
+"""Verbs that look inside and write nothing there: inspect, cat, head, stats, diff, report, verify."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opd_tools.console import printable
-from opd_tools.html_page import document, figure_tag, grid, plt, table
 from opd_tools.show.histograms import Histogram
+from opd_tools.show.html_page import document, figure_tag, grid, plt, table
 from opd_tools.show.measures import Stats, summary
 from opd_tools.show.sampling import Sample
 from opd_tools.show.stats import brief, brief_heads, number

@@ -9,9 +9,9 @@ import click
 
 from opd_store import CacheMeta, InvalidArgumentError
 from opd_tools.console import load_model
-from opd_tools.drift import is_refreshing, look_before_start, refreshing_source, split_allowed
-from opd_tools.idle_options import refuse_idle
-from opd_tools.loss_options import read_loss
+from opd_tools.training.drift import is_refreshing, look_before_start, refreshing_source, split_allowed
+from opd_tools.training.idle_options import refuse_idle
+from opd_tools.training.loss_options import read_loss
 
 if TYPE_CHECKING:
     from opd_train import CausalLM, Stopwatch

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_store import FormatError, InvalidArgumentError, StorageError
-from opd_tools.html_page import MAX_ROWS, cut_note, document, figure_tag, plt, shown, table, text
+from opd_tools.show.html_page import MAX_ROWS, cut_note, document, figure_tag, plt, shown, table, text
 
 METRICS_FILE, PROVENANCE_FILE = "metrics.jsonl", "opd.json"
 MAX_FILE_BYTES = 1 << 30

@@ -39,7 +39,7 @@ def report(uri: str, out: Path | None, limit: int, as_json: bool, access: dict[s
     """
     try:
         from opd_tools.show.cache_page import page as cache_page
-        from opd_tools.training_report import METRICS_FILE, page, read_run
+        from opd_tools.training.run_page import METRICS_FILE, page, read_run
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -70,7 +70,7 @@ def report(uri: str, out: Path | None, limit: int, as_json: bool, access: dict[s
 
 
 def _of_cache(uri: str, limit: int, access: dict[str, Any], page: Any) -> str:  # noqa: ANN401
-    from opd_tools.inspect import describe
+    from opd_tools.show.inspect import describe
     from opd_tools.show.sampling import collect, groupable
 
     cache = opd_store.open(uri, **access)

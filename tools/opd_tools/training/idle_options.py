@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from opd_store import InvalidArgumentError
-from opd_tools.drift import NEEDED, REFRESH_OPTIONS, is_refreshing
+from opd_tools.training.drift import NEEDED, REFRESH_OPTIONS, is_refreshing
 
 if TYPE_CHECKING:
     from opd_train import LossConfig

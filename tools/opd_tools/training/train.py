@@ -10,10 +10,10 @@ import click
 
 from opd_store import InvalidArgumentError
 from opd_tools.console import AT_LEAST_0, AT_LEAST_1, Meter, access_options, command, load_model, printable
-from opd_tools.drift import drift_options, show_alarm
-from opd_tools.idle_options import refuse_idle_of_mode
-from opd_tools.loss_options import loss_options
-from opd_tools.train_source import live_source, offline_source
+from opd_tools.training.drift import drift_options, show_alarm
+from opd_tools.training.idle_options import refuse_idle_of_mode
+from opd_tools.training.loss_options import loss_options
+from opd_tools.training.train_source import live_source, offline_source
 
 if TYPE_CHECKING:
     from opd_train.training.config import LoraConfig

@@ -1,0 +1,1 @@
+"""Verbs that sample, score and train, and the page of a training run."""
