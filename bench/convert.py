@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import header, table
 from numpy.typing import NDArray
-from opd_tools.converters.distillkit_codec import Codec, packed
+from opd_tools.converters.trainers.distillkit_codec import packed
+from opd_tools.converters.trainers.distillkit_config import Codec
 
 VOCAB = 151_936
 ROWS = 511

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from opd_store import layout
 from opd_store.batch import ARRAY_FIELDS, SUPPORT_FIELDS, BatchView
 from opd_store.encodings import IdTable, PageStreams
-from opd_store.errors import CacheNotFoundError, IntegrityError, InvalidArgumentError
+from opd_store.errors import IntegrityError, InvalidArgumentError
 from opd_store.index import FileRef, RolloutTable, SegmentRef, ShardTable, decode_shard_table
-from opd_store.manifest import Manifest, decode_manifest, manifest_digest
+from opd_store.manifest import Manifest
 from opd_store.meta import CacheMeta
 from opd_store.record_batches import RecordBatches
 from opd_store.rollout import Rollout
@@ -23,6 +23,7 @@ from opd_store.schema import SCALARS, CacheSchema, PackedColumn, arrow_schema
 from opd_store.shard import ShardInfo, ShardReader, require_size
 from opd_store.storage import DEFAULT_CACHE_BYTES, LocalStorage, Stats, Storage, resolve
 from opd_store.table import rollouts_to_arrow
+from opd_store.versions import load_manifest
 from opd_store.watch import FileWatch
 
 _PREFETCHED_BATCHES = 64
@@ -64,30 +65,6 @@ def open_cache(
 
 def _open_version(storage: Storage, pin: str | None, *, check_values: bool) -> Cache:
     return Cache(storage, *load_manifest(storage, pin), check_values=check_values)
-
-
-def load_manifest(storage: Storage, pin: str | None = None) -> tuple[Manifest, str]:
-    """The newest manifest, or the pinned one, and its digest."""
-    versions = storage.versions()
-    if not versions:
-        raise CacheNotFoundError(
-            f"{storage.uri}: no cache here ({layout.MANIFEST_DIR}/ holds no manifest). "
-            "Check the path, or write one with `opd score`."
-        )
-    for sequence in reversed(versions) if pin else versions[-1:]:
-        name = layout.manifest_path(sequence)
-        data = storage.read(name, layout.MAX_MANIFEST_BYTES)
-        digest = manifest_digest(data)
-        if pin in (None, digest):
-            manifest = decode_manifest(data, where=storage.describe(name))
-            if manifest.sequence != sequence:
-                raise IntegrityError(
-                    f"{storage.describe(name)}: holds version {manifest.sequence}; it was renamed"
-                )
-            return manifest, digest
-    raise CacheNotFoundError(
-        f"{storage.uri}: none of its {len(versions)} versions has the pinned digest {pin}"
-    )
 
 
 def _checked_parts(schema: CacheSchema, ranks: int | None, columns: frozenset[str] | None) -> tuple[int, ...]:

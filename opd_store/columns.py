@@ -12,7 +12,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.encodings import Band, EncodedPages, IdTable, Unencodable, encode_pages, join_tail
+from opd_store.encodings import (
+    Band,
+    EncodedPages,
+    IdTable,
+    Unencodable,
+    decode_page,
+    encode_pages,
+    join_tail,
+    value_tolerance,
+)
 from opd_store.errors import InvalidRolloutError
 from opd_store.rollout import SUPPORTS, Rollout, Scalar, is_text
 from opd_store.schema import RESPONSE_LISTS, TOKEN_LISTS, CacheSchema, Cut, PackedColumn, arrow_schema
@@ -86,11 +95,10 @@ class BatchBuilder:
             if not columns:
                 continue
             encoded = self._encoded(kind, columns, rollout, rollout_hash, stored)
-            before = 0.0 if stored is None else stored.error
-            if before and encoded.max_error and before + encoded.max_error > layout.LARGEST_SUM_ERROR:
-                expected = f"values that rounding moved by at most {layout.LARGEST_SUM_ERROR} nat"
-                raise _invalid(rollout, kind, expected, before + encoded.max_error)
-            max_error = max(max_error, before + encoded.max_error)
+            error = encoded.max_error if stored is None else stored.error + encoded.max_error
+            if stored is not None and encoded.max_error:
+                self._require_sums(rollout, kind, columns, encoded.pages, error)
+            max_error = max(max_error, error)
             if kind == "topk":
                 topk_ids = encoded.ids
             for column, page in zip(columns, encoded.pages, strict=True):
@@ -156,6 +164,27 @@ class BatchBuilder:
             is_tail, position, expected, found = error.args
             name = tail_field if is_tail else logprob_field
             raise _invalid(rollout, name, expected, found, position) from error
+
+    def _require_sums(
+        self, rollout: Rollout, kind: str, columns: list[PackedColumn], pages: list[bytes], error: float
+    ) -> None:
+        """Refuse values that were rounded once more and now sum to more than readers of this cache accept."""
+        limit = 1 + value_tolerance(self._schema.encoding, error)
+        ranks = np.zeros(rollout.response_len)
+        for column, page in zip(columns, pages, strict=True):
+            band = decode_page(
+                np.frombuffer(page, np.uint8),
+                column.page_shape(rollout.response_len),
+                encoding=self._schema.encoding,
+                id_table=self.id_table,
+                where="page",
+            )
+            ranks += np.exp(band.logprob.astype(np.float64)).sum(axis=1)
+            total = ranks + np.exp(band.log_tail.astype(np.float64))
+            if (total > limit).any():
+                at = int(np.argmax(total > limit))
+                expected = f"probabilities and tail of at most {limit:.4g} after rounding"
+                raise _invalid(rollout, SUPPORTS[kind][1], expected, total[at], at)
 
     def _user_values(self, rollout: Rollout) -> dict[str, Scalar | None]:
         unknown = rollout.extra.keys() - self._schema.user_columns.keys()

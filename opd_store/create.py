@@ -6,13 +6,14 @@ import os
 from typing import Literal
 
 from opd_store import layout
-from opd_store.cache import Cache, load_manifest
+from opd_store.cache import Cache
 from opd_store.encodings import IdTable
 from opd_store.errors import CacheExistsError, InvalidArgumentError
 from opd_store.manifest import Manifest, encode_manifest
 from opd_store.meta import CacheMeta
 from opd_store.schema import CacheSchema, Cut
 from opd_store.storage import resolve_writable
+from opd_store.versions import load_manifest
 from opd_store.writer import (
     DEFAULT_BATCH_BYTES,
     DEFAULT_SHARD_BYTES,

@@ -71,8 +71,9 @@ PROBABILITY_TOLERANCE = 1e-3
 """How far the probabilities of one position may exceed 1 in sum: float32 log-probs of 4,096 ranks."""
 READER_SLACK = 1e-6
 """What readers allow beyond that, since tails of inner bands are summed and rounded by the writer."""
-LARGEST_SUM_ERROR = 0.25
-"""Of a cache's `max_error`, nats, what counts for the sum of probabilities."""
+LARGEST_SUM_ERROR = 0.0625
+"""Of a cache's `max_error`, nats, what counts for the sum of probabilities at most: that of four roundings to
+`ladder/32`."""
 
 
 def manifest_path(sequence: int) -> str:

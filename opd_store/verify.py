@@ -14,10 +14,9 @@ import pyarrow as pa
 from opd_store import layout
 from opd_store.arrow_message import record_batches
 from opd_store.batch import BatchView
-from opd_store.cache import Cache, load_manifest
+from opd_store.cache import Cache
 from opd_store.encodings import IdTable
 from opd_store.errors import (
-    CacheNotFoundError,
     FormatError,
     IntegrityError,
     InvalidArgumentError,
@@ -25,11 +24,11 @@ from opd_store.errors import (
     OpdError,
 )
 from opd_store.hashing import rollout_hash
-from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.rollout import checked
 from opd_store.schema import arrow_schema
 from opd_store.shard import MappedShard, ShardInfo, ShardReader, file_digest, part_slices
 from opd_store.storage import DEFAULT_CACHE_BYTES, Storage, resolve
+from opd_store.versions import load_manifest, read_parent, was_removed
 from opd_store.watch import FileWatch
 
 
@@ -143,14 +142,15 @@ class _Progress:
 
 def _check_history(storage: Storage, cache: Cache, report: VerifyReport) -> Iterator[OpdError]:
     report.versions = 1
+    there = set(storage.versions())
     child = cache.manifest
     for sequence in range(cache.version - 1, 0, -1):
         name = layout.manifest_path(sequence)
         where = storage.describe(name)
         try:
-            if _was_removed(storage, sequence, child):
+            if sequence not in there and was_removed(storage, sequence, child):
                 return
-            manifest = _read_parent(storage, name, child)
+            manifest = read_parent(storage, name, child)
             for field_name in ("meta", "schema"):
                 if getattr(manifest, field_name) != getattr(child, field_name):
                     raise FormatError(f"{where}: the next version has another {field_name}", uri=where)
@@ -163,28 +163,6 @@ def _check_history(storage: Storage, cache: Cache, report: VerifyReport) -> Iter
             return
         child = manifest
         report.versions += 1
-
-
-def _was_removed(storage: Storage, sequence: int, child: Manifest) -> bool:
-    """Whether somebody removed this version and all before it on purpose."""
-    try:
-        data = storage.read(layout.removed_path(sequence), layout.MAX_MANIFEST_BYTES)
-    except CacheNotFoundError:
-        return False
-    return sequence not in storage.versions() and data == f"{child.parent}\n".encode()
-
-
-def _read_parent(storage: Storage, name: str, child: Manifest) -> Manifest:
-    where = storage.describe(name)
-    try:
-        data = storage.read(name, layout.MAX_MANIFEST_BYTES)
-    except CacheNotFoundError as error:
-        raise IntegrityError(f"{where}: missing, although a later version names it", uri=where) from error
-    if manifest_digest(data) != child.parent:
-        raise IntegrityError(
-            f"{where}: {manifest_digest(data)}, but the next version names {child.parent}", uri=where
-        )
-    return decode_manifest(data, where=where)
 
 
 def _check_shard(

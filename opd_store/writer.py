@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -12,15 +14,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_store import layout
-from opd_store.cache import Cache, load_manifest
+from opd_store.cache import Cache
 from opd_store.columns import BatchBuilder, Stored
 from opd_store.copying import read_rollout, read_stored
-from opd_store.encodings import IdTable, build_id_table
+from opd_store.encodings import IdTable, build_id_table, value_tolerance
 from opd_store.errors import (
     CommitConflictError,
     InvalidArgumentError,
     MismatchError,
     OpdError,
+    StorageError,
     UnsupportedVersionError,
 )
 from opd_store.hashing import rollout_hash
@@ -39,6 +42,7 @@ from opd_store.schema import CacheSchema, arrow_schema
 from opd_store.shard import ShardInfo, file_digest
 from opd_store.shard_writer import ShardWriter
 from opd_store.storage import LocalStorage, TempFile
+from opd_store.versions import load_manifest
 
 DEFAULT_BATCH_BYTES = 8 << 20
 """A record batch is one range request from a bucket, and what the writer holds in memory."""
@@ -138,22 +142,35 @@ class Writer:
         finally:
             self.close()
 
-    def append(self, rollout: Rollout) -> bool:
+    def append(self, rollout: Rollout, *, max_error: float = 0.0) -> bool:
         """Add one rollout to the next version.
 
         A rollout is known by its hash and its sample_id: appending it again changes nothing, also after a
         crash and in a later version. The same tokens under another sample_id are another draw, and kept.
+
+        Args:
+            max_error: nats by which its top-k and tails were rounded before they came here, such as in a
+                cache that was exported; their probabilities may exceed 1 by as much. Counts for this cache's
+                `max_error` too.
 
         Returns:
             False if the cache or the pending version has it already.
 
         Raises:
             InvalidRolloutError: impossible values; the rollout is refused, the writer goes on.
+            InvalidArgumentError: a `max_error` below 0, or without end.
             StorageError: the disk refused.
         """
         self._check_usable()
-        rollout = checked(rollout, vocab_size=self.meta.vocab_size, sizes=self.schema.sizes)
-        return self._append(rollout, None)
+        if not 0 <= max_error < math.inf:
+            raise InvalidArgumentError(f"max_error: expected nats of at least 0, found {max_error}")
+        rollout = checked(
+            rollout,
+            vocab_size=self.meta.vocab_size,
+            sizes=self.schema.sizes,
+            tolerance=value_tolerance("plain", max_error) if max_error else layout.PROBABILITY_TOLERANCE,
+        )
+        return self._append(rollout, Stored({}, {}, is_cut=False, error=max_error) if max_error else None)
 
     def copy(
         self,
@@ -322,6 +339,7 @@ class Writer:
             )
             data = encode_manifest(manifest)
             name = layout.manifest_path(manifest.sequence)
+            self._require_files(manifest)
             # A taken name may hold our own commit, whose acknowledgement was lost: compare before deciding.
             if self._storage.put_if_absent(name, data) or self._taken_by(name, data):
                 return Cache(self._storage, manifest, manifest_digest(data))
@@ -329,6 +347,24 @@ class Writer:
         raise CommitConflictError(
             f"{self._storage.uri}: other writers were faster {_COMMIT_TRIES} times; try again"
         )
+
+    def _require_files(self, manifest: Manifest) -> None:
+        """Refuse to commit what somebody has removed since it was written."""
+        paths = [info.path for info, _ in self._sealed]
+        paths += [
+            ref.path for segment in manifest.segments[-1:] for ref in (segment.shards, segment.rollouts)
+        ]
+        if manifest.id_table is not None:
+            paths.append(manifest.id_table.path)
+        for path in paths:
+            if not self._storage.has(path):
+                where = self._storage.describe(path)
+                raise StorageError(
+                    f"{where}: was removed before its version was committed, such as by `opd gc --min-age`. "
+                    "Open a new writer and append again.",
+                    errno=errno.ENOENT,
+                    filename=where,
+                )
 
     def _taken_by(self, name: str, data: bytes) -> bool:
         return self._storage.read(name, layout.MAX_MANIFEST_BYTES) == data

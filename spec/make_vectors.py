@@ -17,6 +17,7 @@ import math
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,89 @@ def rounded_sum(path: Path) -> None:
     write(path, [[rollout]], encoding="ladder/32")
 
 
+def rounded_copy(path: Path) -> None:
+    """`plain`, copied from a `ladder/32` cache whose values sum to 1.0156; `max_error` came along."""
+    _copied(path, "plain")
+
+
+def rounded_copy_f32(path: Path) -> None:
+    """The same as `rounded-copy` in `f32`."""
+    _copied(path, "f32")
+
+
+def _copied(path: Path, encoding: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rounded_sum(Path(folder))
+        source = opd_store.open(folder)
+        options = {"meta": META, "topk": 3, "bands": (2, 3), "encoding": encoding, "id_table": None}
+        with opd_store.create(path, **options) as writer:
+            writer.copy(source, 0)
+
+
+def of_sum(total: float) -> list[Rollout]:
+    """A rollout whose only position has ranks of 0.5, 0.3 and 0.2 of a sum, and nothing outside."""
+    logprob = np.log(total * np.float64([[0.5, 0.3, 0.2]])).astype(np.float32)
+    return [
+        Rollout(
+            token_ids=np.array([1, 2], np.uint32),
+            prompt_len=1,
+            topk_ids=np.array([[3, 4, 5]], np.uint32),
+            topk_logprob=logprob,
+            log_tail=np.float32([-np.inf]),
+        )
+    ]
+
+
+def summing(total: float, max_error: float, encoding: str = "plain") -> Build:
+    """Such a rollout in a cache that claims a largest error."""
+    return Build(
+        values=of_sum(total),
+        schema=dataclasses.replace(SCHEMA, encoding=encoding),
+        segment=lambda segment: dataclasses.replace(segment, max_error=max_error),
+    )
+
+
+EXACT_SUM = 1 + layout.PROBABILITY_TOLERANCE + layout.READER_SLACK
+NEAR = 1e-6
+
+
+def largest_sum(path: Path) -> None:
+    """A `max_error` of 9 nats, of which 1/16 counts for the sum of probabilities."""
+    summing(EXACT_SUM * math.exp(1 / 16) - NEAR, 9.0, "f32").write(path)
+
+
+def renormalised(path: Path) -> None:
+    """`logprob_mode` says that the source had lost what is outside the ranks: they sum to 1."""
+    teacher = dataclasses.replace(META.teacher, logprob_mode=opd_store.RENORMALISED_TOPK)
+    write(path, [of_sum(1.0)], meta=dataclasses.replace(META, teacher=teacher))
+
+
+def removed(path: Path) -> None:
+    """Versions 1 and 2 of four were removed, and a file says so."""
+    versions(path)
+    say_removed(path, 2)
+    for number in (1, 2):
+        (path / layout.manifest_path(number)).unlink()
+
+
+def removed_midway(path: Path) -> None:
+    """As `removed`, but whoever did it was cut off after the second version; the first is still there."""
+    versions(path)
+    say_removed(path, 2)
+    (path / layout.manifest_path(2)).unlink()
+
+
+def removal_begun(path: Path) -> None:
+    """As `removed`, but whoever did it was cut off before the first manifest went."""
+    versions(path)
+    say_removed(path, 2)
+
+
+def say_removed(path: Path, number: int) -> None:
+    data = (path / layout.manifest_path(number)).read_bytes()
+    (path / layout.removed_path(number)).write_text(f"sha256:{hashlib.sha256(data).hexdigest()}\n")
+
+
 def later_minor(path: Path) -> None:
     """Format 1.1 with fields and an optional feature that nobody knows yet."""
     changes = (
@@ -388,6 +472,7 @@ VALID = (
     *(ragged_plain, ragged_f32, ragged_ladder, cut_by_mass),
     *(supports_plain, supports_f32, supports_ladder, only_sampled),
     *(table_frequency, table_lists, table_ragged, table_not_yet, table_later, table_raw, later_minor),
+    *(rounded_copy, rounded_copy_f32, largest_sum, renormalised, removed, removed_midway, removal_begun),
 )
 
 
@@ -969,6 +1054,20 @@ def history(change: Callable[[Path], None]) -> Callable[[Path], None]:
     return make
 
 
+def removed_under(word: Callable[[str], str], number: int = 2) -> Callable[[Path], None]:
+    """Versions 1 and 2 of three are gone; `word` makes what the file of that number says of a digest."""
+
+    def make(path: Path) -> None:
+        write(path, [[value] for value in rollouts(3, 8)], bands=(2, 3))
+        shutil.rmtree(path / "tmp", ignore_errors=True)
+        digest = hashlib.sha256((path / layout.manifest_path(2)).read_bytes()).hexdigest()
+        for version in (1, 2):
+            (path / layout.manifest_path(version)).unlink()
+        (path / layout.removed_path(number)).write_text(word("sha256:" + digest))
+
+    return make
+
+
 def tables_differ(path: Path) -> None:
     """The first version names another id table than the second; no page of it uses one."""
     values = small()
@@ -1418,6 +1517,23 @@ add(
     "manifest-no-parent",
     history(lambda file: file.unlink()),
     "every earlier version is there",
+    **INTEGRITY,
+    **VERIFY,
+)
+for _name, _word, _rule in (
+    (
+        "digest",
+        lambda digest: "sha256:" + "0" * 64 + "\n",
+        "the digest of the newest version that was removed",
+    ),
+    ("line", lambda digest: digest, "one line feed"),
+    ("longer", lambda digest: digest + "\n\n", "nothing after the line feed"),
+):
+    add(f"manifest-removed-{_name}", removed_under(_word), _rule, **INTEGRITY, **VERIFY)
+add(
+    "manifest-removed-number",
+    removed_under(lambda digest: digest + "\n", number=1),
+    "the number of the newest version that was removed",
     **INTEGRITY,
     **VERIFY,
 )
@@ -1969,6 +2085,22 @@ add(
 add("value-sum", plain({6: -0.0}), "probabilities sum to at most 1")
 add("value-sum-of-tail", second({6: -0.0}), "probabilities and tail sum to at most 1")
 add("value-sum-of-ladder", packed({"heads": [1, 256, 180]}), "probabilities sum to at most 1")
+add("value-sum-of-rounded", summing(math.exp(1 / 64), 0.0).write, "max_error comes along with copied values")
+add(
+    "value-sum-of-copy",
+    summing(EXACT_SUM * math.exp(1 / 64) + NEAR, 1 / 64).write,
+    "probabilities sum to at most 1.001001 exp(max_error)",
+)
+add(
+    "value-sum-of-copy-f32",
+    summing(EXACT_SUM * math.exp(1 / 64) + NEAR, 1 / 64, "f32").write,
+    "probabilities sum to at most 1.001001 exp(max_error)",
+)
+add(
+    "value-sum-of-largest",
+    summing(EXACT_SUM * math.exp(1 / 16) + NEAR, 9.0).write,
+    "of max_error at most LARGEST_SUM_ERROR counts",
+)
 add("value-padding", second({0: NO_ID, 3: -INF}), "all K ranks without a cut")
 add("value-ragged", ragged([3, 2, 3], {}, schema=PACKED), "all K ranks without a cut")
 add("value-no-rank", ragged([3, 0, 3], {}), "at least one rank")

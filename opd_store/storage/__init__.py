@@ -11,7 +11,7 @@ from pathlib import Path
 from opd_store.errors import InvalidArgumentError
 from opd_store.storage.address import WRITE_LOCALLY, parse
 from opd_store.storage.disk_cache import DEFAULT_CACHE_BYTES, DiskCache
-from opd_store.storage.local import LocalStorage, TempFile, make_directory, sync_directory
+from opd_store.storage.local import LocalStorage, TempFile, is_held, make_directory, sync_directory
 from opd_store.storage.remote import RemoteShard, RemoteStorage
 from opd_store.storage.retry import Retry
 from opd_store.storage.session import Stats
@@ -25,6 +25,7 @@ __all__ = [
     "Stats",
     "Storage",
     "TempFile",
+    "is_held",
     "make_directory",
     "resolve",
     "resolve_writable",

@@ -11,10 +11,10 @@ import pytest
 
 import opd_store
 from opd_store import layout
-from opd_store.cache import load_manifest
 from opd_store.index import decode_shard_table
 from opd_store.shard import part_slices
 from opd_store.storage import LocalStorage, resolve
+from opd_store.versions import load_manifest
 
 
 def local_index(path):

@@ -14,9 +14,9 @@ from cloud.fault_proxy import Fault, FaultProxy
 from cloud.servers import KEY, SECRET, RangeHandler, s3_options, web_server
 
 import opd_store
-from opd_store.cache import load_manifest
 from opd_store.index import decode_shard_table
 from opd_store.storage import Retry, resolve
+from opd_store.versions import load_manifest
 
 # Short delays, and no long wait for what stalls.
 QUICK = Retry(tries=4, deadline_s=10, attempt_s=0.4, first_delay_s=0.001, max_delay_s=0.01)

@@ -14,8 +14,9 @@ from store.caches import assert_same
 from torch.utils.data import DataLoader
 
 import opd_store
-from opd_store.cache import Cache, load_manifest
+from opd_store.cache import Cache
 from opd_store.storage import Retry, resolve
+from opd_store.versions import load_manifest
 from opd_train import CacheStream
 
 QUICK = Retry(tries=4, deadline_s=10, attempt_s=0.4, first_delay_s=0.001, max_delay_s=0.01)

@@ -151,13 +151,13 @@ def test_the_bounds_of_encodings_hold():
 def test_the_tolerances():
     listed = dict(table_with("columns.md", "plain, f32"))
     assert listed == {"plain, f32": "0", "ladder16": "1/128", "ladder/s": "1/(2 s)"}
-    for name, error in itertools.product(encodings.ENCODINGS, (0.0, 1e-3, 0.01, 0.25, 9.0)):
+    for name, error in itertools.product(encodings.ENCODINGS, (0.0, 1e-3, 0.01, 0.0625, 0.25, 9.0)):
         found = encodings.value_tolerance(name, error)
         assert reference.tolerance(name, error) == pytest.approx(found, rel=1e-12)
     assert encodings.value_tolerance("ladder16") == pytest.approx(1.001001 * math.exp(1 / 128) - 1)
     assert encodings.value_tolerance("plain") == pytest.approx(0.001001)
     assert encodings.value_tolerance("plain", 1 / 64) == encodings.value_tolerance("ladder/32")
-    assert encodings.value_tolerance("f32", 9.0) == pytest.approx(1.001001 * math.exp(0.25) - 1)
+    assert encodings.value_tolerance("f32", 9.0) == pytest.approx(1.001001 * math.exp(1 / 16) - 1)
     assert reference.LARGEST_SUM_ERROR == layout.LARGEST_SUM_ERROR
 
 

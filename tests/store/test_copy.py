@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import shutil
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from opd_store import (
     build_id_table,
     layout,
 )
+from opd_store import writer as writer_module
 from opd_store.testing import example_meta
 
 LADDERS = ("ladder/128", "ladder/64", "ladder/32")
@@ -257,7 +258,7 @@ def test_more_ranks_than_the_source_has_are_refused_unless_rows_may_be_short(tmp
     assert found.rollout(0, ranks=2).log_tail.tobytes() == source.rollout(0, ranks=2).log_tail.tobytes()
 
 
-def test_values_that_were_rounded_too_often_are_refused(tmp_path):
+def test_values_that_are_far_off_far_below_zero(tmp_path):
     # float16 is off by up to a quarter at -600.
     value = some_rollouts(1, topk=3)[0]
     logprob = np.array([[-0.1, -3, -700.2]] * 3, np.float32)
@@ -269,12 +270,36 @@ def test_values_that_were_rounded_too_often_are_refused(tmp_path):
         with opd_store.create(tmp_path / name, meta=source.meta, topk=3, encoding=encoding) as writer:
             writer.copy(source, 0)
         assert_same(opd_store.open(tmp_path / name)[0], source[0])
-    shutil.rmtree(tmp_path / "source")
-    logprob[:, 2] = -1200.3
-    write(tmp_path / "source", [dataclasses.replace(value, topk_logprob=logprob)], encoding="ladder16")
+    # That far below zero nothing is added to a sum, so the value may be rounded again, and is off by more.
+    with opd_store.create(tmp_path / "lossy", meta=source.meta, topk=3, encoding="ladder/32") as writer:
+        writer.copy(source, 0)
+    found = opd_store.open(tmp_path / "lossy")
+    assert source.max_error < found.max_error <= source.max_error + 1 / 64
+    assert found.tolerance == pytest.approx(1.001001 * math.exp(layout.LARGEST_SUM_ERROR) - 1)
+    assert opd_store.verify(tmp_path / "lossy").problems == []
+
+
+@pytest.mark.parametrize("claimed", [0.0, 9.0])
+def test_a_sum_that_no_reader_would_accept_is_refused(claimed, tmp_path, monkeypatch):
+    """A source that is as far off as the limit allows is not rounded up further, whatever it claims."""
+    limit = 1.001001 * math.exp(layout.LARGEST_SUM_ERROR)
+    # Just above the middle between two steps of 1/32, so that each of them is rounded up.
+    logprob = -(np.float32([[19.49, 42.49, 58.49]] * 3)) / 32
+    total = np.exp(logprob.astype(float)).sum(axis=1)
+    tail = np.log(limit - 1e-4 - total).astype(np.float32)
+    value = dataclasses.replace(some_rollouts(1, topk=3)[0], topk_logprob=logprob, log_tail=tail)
+    monkeypatch.setattr(writer_module, "checked", lambda rollout, **_: rollout)
+    write(tmp_path / "source", [value], encoding="f32")
+    source = opd_store.open(tmp_path / "source", check_values=False)
+    monkeypatch.setattr(opd_store.Cache, "max_error", claimed)
+    with opd_store.create(tmp_path / "exact", meta=source.meta, topk=3, encoding="f32") as writer:
+        writer.copy(source, 0)
     writer = opd_store.create(tmp_path / "lossy", meta=source.meta, topk=3, encoding="ladder/32")
-    with pytest.raises(InvalidRolloutError, match=r"rounding moved by at most 0\.25"):
-        writer.copy(opd_store.open(tmp_path / "source"), 0)
+    with pytest.raises(
+        InvalidRolloutError, match=r"probabilities and tail of at most 1\.\d+ after rounding"
+    ) as e:
+        writer.copy(source, 0)
+    assert (e.value.field, e.value.position) == ("topk_logprob", 0)
 
 
 def test_a_rollout_under_another_hash_is_refused(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from opd_store.encodings import (
     decode_page,
     encode_pages,
     keep_ranks,
+    value_tolerance,
 )
 from opd_store.encodings.page import seal_page
 from opd_store.errors import FormatError
@@ -42,10 +43,6 @@ from opd_store.testing import example_meta, peaked_topk
 from opd_store.values import support_problem
 
 LOSSY = [name for name in ENCODINGS if name not in ("plain", "f32")]
-
-
-def tolerance(encoding: str) -> float:
-    return opd_store.CacheSchema(encoding=encoding).tolerance
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
@@ -72,7 +69,7 @@ def test_a_support_comes_back(encoding, kind, ragged, data):
         draws=found.draws,
         vocab_size=VOCAB,
         ragged=ragged,
-        tolerance=tolerance(encoding),
+        tolerance=value_tolerance(encoding),
     )
     assert problem is None
     # What was decoded once is a fixed point: nothing moves any more.
@@ -137,7 +134,7 @@ def test_few_ranks_are_a_prefix_and_the_rest_joins_the_tail(encoding, data, ragg
             found.log_tail,
             vocab_size=VOCAB,
             ragged=ragged,
-            tolerance=tolerance(encoding),
+            tolerance=value_tolerance(encoding),
         )
         assert problem is None
 

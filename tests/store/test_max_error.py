@@ -158,6 +158,27 @@ def test_a_refused_rollout_leaves_no_error(tmp_path):
     assert opd_store.open(tmp_path / "cache").max_error == 0
 
 
+def test_what_was_rounded_before_counts(tmp_path):
+    """Probabilities may exceed 1 by what the values were rounded by, and no further."""
+    value = some_rollouts(1, topk=3)[0]
+    off = replace(value, topk_logprob=value.topk_logprob, log_tail=None)
+    ones = np.exp(value.topk_logprob.astype(np.float64)).sum(axis=1)
+    off = replace(off, log_tail=np.log(1.02 - ones).astype(np.float32))
+    for encoding in ("plain", "ladder/128"):
+        path = tmp_path / encoding.replace("/", "-")
+        with opd_store.create(path, meta=example_meta(VOCAB), topk=3, encoding=encoding) as writer:
+            for error in (0.0, 0.015):
+                with pytest.raises(opd_store.InvalidRolloutError, match=r"log_tail|topk_logprob"):
+                    writer.append(off, max_error=error)
+            for error in (-0.1, np.inf, np.nan):
+                with pytest.raises(opd_store.InvalidArgumentError, match="max_error"):
+                    writer.append(off, max_error=error)
+            assert writer.append(off, max_error=0.02)
+        cache = opd_store.open(path)
+        assert 0.02 <= cache.max_error <= 0.02 + 1 / 256
+        assert not opd_store.verify(path).problems
+
+
 def log_normalised(band: Band) -> np.ndarray:
     """[P, k + 1] float64: log-probs and tail, summing to one."""
     joined = np.column_stack([band.logprob, band.log_tail]).astype(np.float64)

@@ -249,6 +249,43 @@ except t.StorageError as error:
     assert left(tmp_path) == ["out"]
 
 
+def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(StorageError, match=r"out\.partial\.lock: cannot lock: No locks available"):
+        make(tmp_path / "out")
+    monkeypatch.undo()
+    make(tmp_path / "out")
+    assert left(tmp_path) == ["out"]
+
+
+def test_somebody_elses_directory_beside_it_is_not_touched(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis").touch()
+    with pytest.raises(CacheExistsError):
+        make(tmp_path / "out")
+    (tmp_path / "out.partial").rename(tmp_path / "other")
+    make(tmp_path / "out")
+    (tmp_path / "other").rename(tmp_path / "out.partial")
+    (tmp_path / "out.partial.lock").touch()
+    assert make(tmp_path / "out")[1]
+    assert left(tmp_path) == ["out", "out.partial"]
+    assert (tmp_path / "out.partial/thesis").exists()
+
+
+def test_a_directory_that_cannot_be_removed_costs_room_alone(tmp_path, monkeypatch):
+    """As on NFS, where a file that is mapped stays under another name."""
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+        version, existed = make(tmp_path / "out")
+    assert not existed
+    assert_holds(opd_store.open(version.uri), VALUES)
+    assert make(tmp_path / "out") == (version, True)
+    assert left(tmp_path) == ["out"]
+
+
 def test_two_at_once(tmp_path):
     def nested():
         yield from VALUES[:6]

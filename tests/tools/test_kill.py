@@ -142,7 +142,7 @@ def test_a_conversion_that_was_killed_goes_on_only_as_the_same(opd, convert, tmp
     assert convert.run(tmp_path / "out", kill_at=convert.events * 3 // 4).killed
     assert not (tmp_path / "out").exists()
     args = [tmp_path / "out" if arg == "OUT" else arg for arg in convert.args]
-    opd(*args, "--topk", 3).refused(1, "was begun by another command")
+    opd(*args, "--topk", 3).refused(2, "was begun by another command")
     convert.run(tmp_path / "out").ok()
     assert cache_files(tmp_path / "out") == convert.expected
 

@@ -19,10 +19,11 @@ from opd_store import (
     ModelInfo,
 )
 from opd_tools.console import AT_LEAST_1, Meter, access_options, command, print_json, printable
-from opd_tools.converters.formats import ReadSettings, WriteSettings, all_formats, by_name, detect
+from opd_tools.converters.core.format import ReadSettings, WriteSettings
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.formats import all_formats, by_name, detect
 from opd_tools.converters.importing import import_cache
-from opd_tools.converters.source import Source
-from opd_tools.converters.text import identity, tokenizer_file
+from opd_tools.converters.reading.text import identity, tokenizer_file
 
 _PATH = click.Path(path_type=Path)
 

@@ -23,12 +23,15 @@ from opd_store import (
     InvalidArgumentError,
     InvalidRolloutError,
     MismatchError,
+    OpdError,
     Rollout,
     StorageError,
     Version,
     Writer,
     snapshot,
 )
+from opd_store.storage import resolve_writable
+from opd_store.writer import DEFAULT_BATCH_BYTES
 
 REQUEST = "opd_request"
 """Field of `CacheMeta.extra` that tells whether a cache is what a command would make."""
@@ -53,6 +56,7 @@ def build(
     commit_every: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     shard_bytes: int = 256 << 20,
+    max_error: float = 0.0,
     **schema: Any,  # noqa: ANN401
 ) -> tuple[Version, bool]:
     """Write rollouts to a new cache at `uri`, a path or a URL.
@@ -68,6 +72,7 @@ def build(
         commit_every: rollouts after which work is safe from a kill, each time at the cost of a shorter
             shard; None commits whenever a shard is full.
         on_progress: called with rollouts seen.
+        max_error: as for `opd_store.Writer.append`.
         schema: as for `opd_store.create`.
 
     Returns:
@@ -81,7 +86,7 @@ def build(
 
     def additions(_: int) -> Iterator[Add]:
         for rollout in rollouts():
-            yield lambda writer, rollout=rollout: writer.append(rollout)  # type: ignore[misc]
+            yield lambda writer, rollout=rollout: writer.append(rollout, max_error=max_error)  # type: ignore[misc]
 
     return build_from(
         uri,
@@ -122,7 +127,7 @@ def build_from(
     with _locked(partial):
         # The command that held the lock before may have finished.
         if (found := _existing(place, meta, access)) is not None:
-            shutil.rmtree(partial)
+            _discard(partial)
             return Version(found.version, found.digest, f"{uri}@{found.digest}"), True
         try:
             writer = _writer(partial, meta, shard_bytes, schema)
@@ -142,7 +147,7 @@ def build_from(
             # Somebody fetches the damaged file again, and then this goes on.
             raise
         except (FormatError, InvalidRolloutError, InvalidArgumentError, MismatchError):
-            shutil.rmtree(partial, ignore_errors=True)
+            _discard(partial)
             raise
         final = meta if final_meta is None else final_meta()
         version = _place(opd_store.open(partial), place, partial, access, meta=final)
@@ -176,24 +181,22 @@ def _absolute(uri: str) -> str:
 def _place(cache: Cache, uri: str, partial: Path, access: dict[str, Any], *, meta: CacheMeta) -> Version:
     """Give a finished local cache its place, and remove it where it was built."""
     whole = partial.with_name(partial.name + ".whole")
-    shutil.rmtree(whole, ignore_errors=True)
+    _discard(whole)
     version = snapshot(cache, whole, meta=meta)
-    shutil.rmtree(whole / "tmp", ignore_errors=True)
+    _discard(whole / "tmp")
     if is_local(uri):
         try:
             whole.rename(uri)
             _sync(whole.parent)
         except OSError as error:
-            raise StorageError(
-                f"{uri}: cannot be put in place: {error.strerror}", errno=error.errno, filename=uri
-            ) from error
+            raise _storage_error(Path(uri), "cannot be put in place", error) from error
     else:
         # Not above: it needs `is_local` from here.
         from opd_tools.share.transfer import upload
 
         upload(whole, uri, access)
-        shutil.rmtree(whole)
-    shutil.rmtree(partial)
+        _discard(whole)
+    _discard(partial)
     return version
 
 
@@ -215,48 +218,79 @@ def _existing(uri: str, meta: CacheMeta, access: dict[str, Any]) -> Cache | None
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Hold a lock on the directory where a cache is built; it vanishes with the process.
+    """Hold a lock while a cache is built in a directory, which is made; it vanishes with the process.
 
     Raises:
         CacheExistsError: another process builds there.
+        StorageError: nothing can be created there, or the file system has no locks.
     """
+    lock = _lock_path(partial)
     while True:
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            # Beside it, since a file in use keeps some file systems from removing a directory. For writing,
+            # although nothing is written: NFS gives no exclusive lock without it.
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise StorageError(
-                f"{partial}: cannot create: {error.strerror}", errno=error.errno, filename=str(partial)
-            ) from error
+            raise _storage_error(lock, "cannot create", error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another command may have finished, and removed it, between the two calls above.
-            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
-                yield
+            if _is_ours(descriptor, lock):
+                try:
+                    partial.mkdir(exist_ok=True)
+                except OSError as error:
+                    lock.unlink()
+                    raise _storage_error(partial, "cannot create", error) from error
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
                 return
-        except BlockingIOError:
-            raise CacheExistsError(f"{partial}: another command is at work there; wait for it") from None
         finally:
             os.close(descriptor)
+
+
+def _is_ours(descriptor: int, lock: Path) -> bool:
+    """Take the lock; False where the command that had it has removed the file since it was opened."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CacheExistsError(f"{lock}: another command is at work there; wait for it") from None
+    except OSError as error:
+        raise _storage_error(lock, "cannot lock", error) from error
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock_path(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".lock")
+
+
+def _storage_error(path: Path, what: str, error: OSError) -> StorageError:
+    return StorageError(f"{path}: {what}: {error.strerror}", errno=error.errno, filename=str(path))
 
 
 def _forget(partial: Path, meta: CacheMeta) -> None:
     """Remove what a command left that was killed when its cache had its place."""
     whole = partial.with_name(partial.name + ".whole")
-    if not partial.exists() and not whole.exists():
+    if not (partial.exists() or whole.exists() or _lock_path(partial).exists()):
         return
     # Whoever is at work there will do it.
-    with contextlib.suppress(CacheExistsError), _locked(partial):
+    with contextlib.suppress(CacheExistsError, StorageError), _locked(partial):
         try:
             ours = opd_store.open(partial).meta.extra.get(REQUEST) == meta.extra[REQUEST]
-        except (CacheNotFoundError, IntegrityError):
-            # Half removed.
-            ours = True
+        except OpdError:
+            # Half removed, unless it is somebody's own.
+            ours = resolve_writable(partial).is_empty()
         if ours:
-            shutil.rmtree(whole, ignore_errors=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            _discard(whole)
+            _discard(partial)
+
+
+def _discard(directory: Path) -> None:
+    """Remove what is not needed any more; what cannot be removed now costs room, and nothing else."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _remove_if_empty(partial: Path) -> None:
@@ -273,12 +307,16 @@ def _sync(path: Path) -> None:
 
 
 def _writer(partial: Path, meta: CacheMeta, shard_bytes: int, schema: dict[str, Any]) -> Writer:
+    sizes: dict[str, Any] = {"shard_bytes": shard_bytes}
+    if shard_bytes < DEFAULT_BATCH_BYTES:
+        # A shard is not finished within a record batch.
+        sizes["batch_bytes"] = shard_bytes
     try:
         base = opd_store.open(partial)
     except CacheNotFoundError:
-        return opd_store.create(partial, meta=meta, shard_bytes=shard_bytes, **schema)
+        return opd_store.create(partial, meta=meta, **sizes, **schema)
     if base.meta.extra.get(REQUEST) != meta.extra[REQUEST] or base.meta != meta:
         raise CacheExistsError(
             f"{partial}: was begun by another command; remove it to start anew, or choose another path"
         )
-    return opd_store.append(partial, meta=meta, shard_bytes=shard_bytes)
+    return opd_store.append(partial, meta=meta, **sizes)

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 import zstandard
-from opd_tools.converters.distillkit_codec import Codec, packed
+from opd_tools.converters.trainers.distillkit_codec import packed
+from opd_tools.converters.trainers.distillkit_config import Codec
 from tools.converters.sizes import TOPK, VOCAB
 
 from opd_store import NO_ID, Rollout

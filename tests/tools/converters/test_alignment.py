@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from opd_tools.converters.alignment import Evidence, checked, shifted
-from opd_tools.converters.record import NO_ENTRY, Record, Tally
+from opd_tools.converters.core.alignment import Evidence, checked, shifted
+from opd_tools.converters.core.record import NO_ENTRY, Record, Tally
 
 from opd_store import FormatError
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from opd_tools.converters.alignment import checked
-from opd_tools.converters.formats import ReadSettings, all_formats, by_name
-from opd_tools.converters.normalise import Target, to_rollout
-from opd_tools.converters.record import Tally
-from opd_tools.converters.source import Source
+from opd_tools.converters.core.alignment import checked
+from opd_tools.converters.core.format import ReadSettings
+from opd_tools.converters.core.normalise import to_rollout
+from opd_tools.converters.core.record import Tally
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.core.support import Target
+from opd_tools.converters.formats import all_formats, by_name
 from opd_tools.main import main
 from tools.converters.converting import convert, refused
 from tools.converters.samples import SAMPLES, VOCAB, good_rollouts, save_tokenizer

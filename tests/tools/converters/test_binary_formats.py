@@ -16,11 +16,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from opd_tools.converters import distillkit, maxtext, megatron, tf_example, torch_load, torch_pile
-from opd_tools.converters.distillkit_codec import codec_of, packed, unpacked
-from opd_tools.converters.formats import ReadSettings
-from opd_tools.converters.record import Values
-from opd_tools.converters.source import Source
+from opd_tools.converters.core.format import ReadSettings
+from opd_tools.converters.core.record import Values
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.plain import torch_pile
+from opd_tools.converters.reading import torch_load
+from opd_tools.converters.trainers import distillkit, maxtext, megatron, tf_example
+from opd_tools.converters.trainers.distillkit_codec import packed, unpacked
+from opd_tools.converters.trainers.distillkit_config import codec_of
 from opd_tools.main import main
 from tools.converters.binary_samples import tf_example as written_example
 from tools.converters.converting import FINGERPRINT, converted, refused
@@ -52,7 +55,8 @@ OWN_DTYPE = {"exact-bfloat16-delta": 0.05}
 @pytest.mark.parametrize("path", sorted((FILES / "distillkit").iterdir()), ids=lambda path: path.name)
 def test_distillkit_files_are_read_as_distillkit_reads_them(tmp_path, path):
     contents, found = records(distillkit, path)
-    expected = np.load(path / "expected.npz")
+    with np.load(path / "expected.npz") as file:
+        expected = dict(file)
     assert contents.values is Values.LOGPROBS
     assert len(found) == 3
     for record in found:
@@ -160,7 +164,7 @@ def test_packed_integers(bits):
 def test_config_of_every_documented_codec():
     bins = [{"scale_dtype": "float16", "element_bits": 3, "num_elements": 5}]
     config = {"d": 151_936, "k": 20, "exact_k": 4, "polynomial_terms": [0, "sqrt"], "residual_bins": bins}
-    codec = codec_of({"logprob_compressor": config}, "x")
+    codec = codec_of(yaml.safe_dump({"logprob_compressor": config}).encode(), "x")
     assert (codec.id_bits, codec.id_bytes, codec.logprob_bytes) == (18, 45, 4 * 4 + 2 * 4 + 2 + 2)
 
 
@@ -168,7 +172,8 @@ def test_config_of_every_documented_codec():
 
 
 def test_maxtext_files_are_read_as_maxtext_means_them(tmp_path):
-    expected = np.load(FILES / "maxtext.npz")
+    with np.load(FILES / "maxtext.npz") as file:
+        expected = dict(file)
     contents, found = records(maxtext, FILES / "maxtext", vocab_size=200)
     assert contents.values is Values.RENORMALISED
     assert contents.topk == 6
@@ -228,7 +233,8 @@ def test_every_damage_to_an_example_is_an_error_or_another_value():
 
 
 def test_megatron_files_are_read_in_the_order_of_training(tmp_path):
-    expected = np.load(FILES / "megatron.npz")
+    with np.load(FILES / "megatron.npz") as file:
+        expected = dict(file)
     contents, found = records(megatron, FILES / "megatron", vocab_size=70_000)
     assert contents.topk == 7
     assert len(found) == len(expected["tokens"])

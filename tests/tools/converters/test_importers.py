@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from opd_tools.converters.core.source import Source
 from opd_tools.converters.formats import all_formats, detect
-from opd_tools.converters.source import Source
 from tools.converters.converting import converted
 from tools.converters.samples import SAMPLES, good_rollouts
 

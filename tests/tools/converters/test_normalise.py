@@ -7,8 +7,9 @@ import itertools
 
 import numpy as np
 import pytest
-from opd_tools.converters.normalise import Target, to_rollout
-from opd_tools.converters.record import NO_ENTRY, Record, Tally, Values
+from opd_tools.converters.core.normalise import to_rollout
+from opd_tools.converters.core.record import NO_ENTRY, Record, Tally, Values
+from opd_tools.converters.core.support import Target
 
 from opd_store import NO_ID, CacheMeta, FormatError, create
 

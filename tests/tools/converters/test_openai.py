@@ -35,7 +35,7 @@ def test_openai_with_token_ids(tmp_path):
 
 
 def test_openai_leaves_out_what_is_spelt_alike(tmp_path, monkeypatch):
-    from opd_tools.converters.text import TextTokenizer
+    from opd_tools.converters.reading.text import TextTokenizer
 
     spelling = TextTokenizer.spelling
     monkeypatch.setattr(TextTokenizer, "spelling", lambda self: spelling(self) | {b"B": (4, 40)})

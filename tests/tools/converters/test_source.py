@@ -7,10 +7,10 @@ import json
 
 import numpy as np
 import pytest
-from opd_tools.converters.json_rows import integers, numbers, padded
-from opd_tools.converters.record import NO_ENTRY
-from opd_tools.converters.source import Source
-from opd_tools.converters.text import TextTokenizer
+from opd_tools.converters.core.record import NO_ENTRY
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.reading.json_rows import integers, numbers, padded
+from opd_tools.converters.reading.text import TextTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from opd_store import CacheNotFoundError, FormatError, InvalidArgumentError
@@ -59,7 +59,7 @@ def test_what_is_no_json_is_refused_with_its_line(tmp_path, text, place):
 
 
 def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd_tools.converters.source.MAX_LINE", 50)
+    monkeypatch.setattr("opd_tools.converters.core.source.MAX_LINE", 50)
     for text in ('{"a": 1}\n' + "[" + "1," * 60 + "1]\n", "[\n" + "1,\n" * 60 + "1]"):
         (tmp_path / "a.jsonl").write_text(text)
         with pytest.raises(FormatError, match="more than 50 bytes"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +16,18 @@ import safetensors.numpy
 import safetensors.torch
 import yaml
 from click.testing import CliRunner
-from opd_tools.converters import table
-from opd_tools.converters.arrow_lists import Rows
-from opd_tools.converters.formats import ReadSettings
-from opd_tools.converters.record import Values
-from opd_tools.converters.source import Source
+from opd_tools.converters.core.format import ReadSettings
+from opd_tools.converters.core.record import Values
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.plain import table, table_export
+from opd_tools.converters.reading.arrow_lists import Rows
 from opd_tools.main import main
 from tools.converters.converting import FINGERPRINT, convert, converted, refused
 from tools.converters.samples import good_rollouts
 from tools.converters.sizes import TOPK, VOCAB
 
 import opd_store
-from opd_store import NO_ID, CacheMeta, Cut, FormatError, InvalidArgumentError, ModelInfo
+from opd_store import NO_ID, RENORMALISED_TOPK, CacheMeta, Cut, FormatError, InvalidArgumentError, ModelInfo
 
 IDS = [[[4, 9], [7, 3], [2, 8]]]
 LOGPROB = [[[-0.1, -3.0], [-0.2, -2.0], [-0.3, -1.9]]]
@@ -323,7 +324,65 @@ def test_everything_comes_back_bit_for_bit(tmp_path, cache, to, name):
         assert files[0] == files[1]
 
 
-@pytest.mark.parametrize(("to", "name"), [("table", "a.parquet"), ("datasets", "d"), ("jsonl", "a.jsonl")])
+OURS = [("table", "a.parquet"), ("datasets", "d"), ("jsonl", "a.jsonl")]
+
+
+@pytest.mark.parametrize("renormalised", [False, True])
+@pytest.mark.parametrize(("to", "name"), OURS)
+def test_what_a_cache_rounded_comes_back_as_it_is(tmp_path, to, name, renormalised):
+    """Though its probabilities exceed 1; and what was absent, such as names and own log-probs, stays so."""
+    mode = RENORMALISED_TOPK if renormalised else None
+    meta = CacheMeta(
+        vocab_size=VOCAB,
+        tokenizer_fingerprint=FINGERPRINT,
+        teacher=ModelInfo(name="T", logprob_mode=mode),
+    )
+    options = {"topk": TOPK, "encoding": "ladder/32", "cut": Cut("given")}
+    with opd_store.create(tmp_path / "rounded", meta=meta, **options) as writer:
+        for rollout in good_rollouts(9):
+            total = np.logaddexp.reduce(rollout.topk_logprob.astype(np.float64), axis=1, keepdims=True)
+            kept = rollout.topk_logprob - total if renormalised else rollout.topk_logprob
+            tail = np.full_like(rollout.log_tail, -np.inf) if renormalised else rollout.log_tail
+            absent = {"sample_id": None, "teacher_logprob": None}
+            writer.append(
+                dataclasses.replace(rollout, topk_logprob=kept.astype(np.float32), log_tail=tail, **absent)
+            )
+    cache = opd_store.open(tmp_path / "rounded")
+    sums = [np.exp(r.topk_logprob.astype(float)).sum(axis=1) + np.exp(r.log_tail) for r in cache]
+    assert np.concatenate(sums).max() > 1 + 1e-3
+    out = written(cache, to, tmp_path / name)
+    for encoding in ("ladder/32", "plain"):
+        result = convert("table" if to == "datasets" else to, out, tmp_path / "a", "--encoding", encoding)
+        lost = json.loads(result.stdout)["lost"]
+        assert not [what for what in lost if "scaled" in what or "order" in what]
+        again = opd_store.open(tmp_path / "a")
+        assert again.max_error == cache.max_error > 0
+        for first, second in zip(cache, again, strict=True):
+            same(first, second)
+        assert not opd_store.verify(tmp_path / "a").problems
+        shutil.rmtree(tmp_path / "a")
+
+
+@pytest.mark.parametrize("stated", ["nan", "inf", "-1", "x", "1e400"])
+def test_an_impossible_error_is_none(stated):
+    metadata = {"opd_meta": '{"teacher": null}', "opd_max_error": stated}
+    assert table_export.origin_of(pa.schema({}, metadata)).max_error is None
+
+
+@pytest.mark.parametrize(("to", "name"), [("table", "{}.parquet"), ("jsonl", "{}.jsonl")])
+def test_files_of_different_caches_are_not_mixed(tmp_path, to, name, cache):
+    other = tmp_path / "other"
+    options = {"topk": TOPK, "encoding": "ladder/32", "user_columns": cache.schema.user_columns}
+    with opd_store.create(other, meta=cache.meta, cut=Cut("given"), **options) as writer:
+        writer.append(good_rollouts(1)[0])
+    (tmp_path / "in").mkdir()
+    for number, one in enumerate((cache, opd_store.open(other))):
+        written(one, to, tmp_path / "in" / name.format(number))
+    line = refused(convert(to, tmp_path / "in", tmp_path / "to"), tmp_path / "to")
+    assert "another cache" in line
+
+
+@pytest.mark.parametrize(("to", "name"), OURS)
 def test_renormalised_values_stay_known_as_such(tmp_path, to, name):
     meta = CacheMeta(
         vocab_size=VOCAB,
@@ -359,7 +418,7 @@ def test_distillkit_and_back(tmp_path, cache):
 
 
 def test_distillkit_rows_hold_distinct_ids(tmp_path, cache):
-    from opd_tools.converters import distillkit
+    from opd_tools.converters.trainers import distillkit
 
     out = written(cache, "distillkit", tmp_path / "d")
     contents = distillkit.read(Source(str(out)), ReadSettings(vocab_size=VOCAB))
@@ -371,7 +430,7 @@ def test_distillkit_rows_hold_distinct_ids(tmp_path, cache):
 
 @pytest.mark.parametrize("topk", [None, 2])
 def test_safetensors(tmp_path, cache, topk, monkeypatch):
-    monkeypatch.setattr("opd_tools.converters.safetensors_export._POSITIONS", 60)
+    monkeypatch.setattr("opd_tools.converters.plain.safetensors_export._POSITIONS", 60)
     out = written(cache, "safetensors", tmp_path / "s", *(["--topk", topk] if topk else []))
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 1

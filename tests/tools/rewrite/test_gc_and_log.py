@@ -185,6 +185,22 @@ def test_killed_while_versions_go(calls, path, monkeypatch):
     assert opd_store.verify(path).problems == []
 
 
+def test_of_two_removals_the_newer_one_is_remembered(path):
+    """The first one was cut off after version 2, so that version 1 goes later."""
+    storage = LocalStorage(path)
+    garbage.remove_versions(storage, garbage.read_manifests(storage), [1, 2])
+    data = files(path)
+    shutil.rmtree(path)
+    for number in range(3):
+        (write if not number else add)(path, VALUES[3 * number : 3 * number + 3])
+    (path / "manifests/00000002.json").unlink()
+    (path / "manifests/00000002.removed").write_bytes(data["manifests/00000002.removed"])
+    assert opd_store.verify(path).problems == []
+    garbage.remove_versions(storage, garbage.read_manifests(storage), [1])
+    assert [p.name for p in sorted((path / "manifests").iterdir())] == ["00000002.removed", "00000003.json"]
+    assert opd_store.verify(path).problems == []
+
+
 REFUSED = {
     "a url": ("memory://x", 2, "local"),
     "no cache": ("nothing", 2, "no cache here"),

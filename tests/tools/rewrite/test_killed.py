@@ -20,9 +20,9 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Thirty rollouts that make several shards of 1 MiB."""
+    """Rollouts that make four shards of 1 MiB."""
     path = tmp_path_factory.mktemp("large") / "large"
-    make(path, rich_rollouts(30, response_len=12000), encoding="plain", bands=(12,))
+    make(path, rich_rollouts(11, response_len=12000), encoding="plain", bands=(12,))
     return path
 
 
@@ -48,7 +48,7 @@ def test_killed_anywhere(name, opd, source, large, tmp_path):
     expected = everything(tmp_path / "expected")
     assert events > 20
     rng = random.Random(name)
-    moments = sorted({1, 2, events - 1, events, *rng.sample(range(1, events + 1), 8)})
+    moments = sorted({1, 2, events - 1, events, *rng.sample(range(1, events + 1), 6)})
     for moment in moments:
         root = tmp_path / "killed"
         assert run(root, kill_at=moment).killed
@@ -57,8 +57,8 @@ def test_killed_anywhere(name, opd, source, large, tmp_path):
         shutil.rmtree(root)
     # Killed again and again, a little later each time.
     kills = 0
-    while run(tmp_path / "often", kill_at=rng.randint(events // 4, events // 2)).killed:
+    while run(tmp_path / "often", kill_at=events // 4 + kills * events // 6).killed:
         kills += 1
-        assert kills < 100
+    assert kills > 1
     run(tmp_path / "often").ok()
     assert everything(tmp_path / "often") == expected

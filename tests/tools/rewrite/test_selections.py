@@ -36,6 +36,9 @@ FILTERS = {
     "teacher": (["--teacher", 1], [1, 3, 5, 7, 9, 11]),
     "all tokens": (["--min-tokens", 22, "--max-tokens", 22, "--min-response-tokens", 20], EVERYTHING),
     "text": (["--where", "x_domain=code/py"], [1, 4, 7, 10]),
+    "as in Python": (["--where", "x_domain==code/py", "--where", "x_level==4"], [4]),
+    "beyond int64": (["--where", f"x_level<{2**70}", "--where", f"x_level!={-(2**70)}"], EVERYTHING),
+    "a native column": (["--where", "finish_reason=stop", "--where", "teacher=0"], [0, 4, 8]),
     "not text": (["--where", "x_domain!=maths"], [i for i in EVERYTHING if i % 3]),
     "integer": (["--where", "x_level>=10"], [10, 11]),
     "range": (["--where", "x_level>2", "--where", "x_level<=5"], [3, 4, 5]),
@@ -134,6 +137,42 @@ def test_split_by_a_column(opd, source, tmp_path):
         assert_rows(tmp_path / "by" / name, source, [i for i in EVERYTHING if i % 3 == remainder])
     opd("split", source, tmp_path / "label", "--by", "label").ok()
     assert_rows(tmp_path / "label" / "+missing", source, [1, 4, 7, 10])
+
+
+HOSTILE = [
+    "..",
+    ".",
+    "",
+    "/etc/passwd",
+    "a\0b",
+    "~",
+    "-rf",
+    "+missing",
+    "%2E",
+    "a\nb",
+    "C:\\x",
+    "\u202e",
+    "x" * 200,
+]
+
+
+def test_split_by_hostile_values(opd, tmp_path):
+    """Each becomes a directory of its own right below the one that was named."""
+    values = rich_rollouts(len(HOSTILE) + 1)
+    values = [
+        dataclasses.replace(value, label=label) for value, label in zip(values, [*HOSTILE, None], strict=True)
+    ]
+    make(tmp_path / "source", values)
+    opd("split", tmp_path / "source", tmp_path / "in/by", "--by", "label").ok()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "source"]
+    found = list((tmp_path / "in/by").iterdir())
+    assert len(found) == len(HOSTILE) + 1
+    assert all(path.name.isascii() and path.name.isprintable() and "." not in path.name for path in found)
+    assert {opd_store.open(path)[0].label for path in found} == {*HOSTILE, None}
+    assert opd_store.open(tmp_path / "in/by/+missing")[0].label is None
+    assert opd_store.open(tmp_path / "in/by/+empty")[0].label == ""
+    make(tmp_path / "long", [dataclasses.replace(values[0], label="\u00fc" * 40)])
+    opd("split", tmp_path / "long", tmp_path / "no", "--by", "label").refused(2, "40 characters")
 
 
 BAD_SPLITS = {
@@ -250,13 +289,39 @@ def test_join(opd, source, tmp_path):
     assert_rows(tmp_path / "out/left", source, [0, 2, 7])
     assert_rows(tmp_path / "out/right", tmp_path / "right", [3, 1, 0])
     counts = {name: count for name, count in told.items() if name not in ("left", "right")}
-    assert counts == {"only_in_LEFT": 8, "only_in_RIGHT": 1, "with_another_prompt": 1, "again_in_LEFT": 0}
+    assert counts == {"only_in_LEFT": 8, "only_in_RIGHT": 1, "with_another_prompt": 1} | {
+        "again_in_LEFT": 0,
+        "again_in_RIGHT": 1,
+    }
     assert opd_store.open(tmp_path / "out/right").meta.teacher.name == "big"
     # What the trainer pairs by.
     left, right = (opd_store.open(tmp_path / "out" / side) for side in ("left", "right"))
     assert [rows.tolist() for rows in opd_store.join(left, right)] == [[0, 1, 2], [0, 1, 2]]
     shown = opd("join", source, tmp_path / "right", tmp_path / "out").ok()
     assert len(shown.out.splitlines()) == 2
+
+
+def test_join_keeps_how_often_something_was_drawn(opd, tmp_path):
+    """LEFT drew rollout 0 three times and rollout 1 once, RIGHT twice and three times, in another order."""
+    values = rich_rollouts(3)
+
+    def drawn(numbers):
+        return [dataclasses.replace(values[n], sample_id=str(i)) for i, n in enumerate(numbers)]
+
+    make(tmp_path / "left", drawn([0, 1, 0, 2, 0]))
+    make(tmp_path / "right", drawn([1, 0, 1, 1, 0]))
+    done = opd("join", tmp_path / "left", tmp_path / "right", tmp_path / "out", "--json").ok()
+    assert_rows(tmp_path / "out/left", tmp_path / "left", [0, 1, 2])
+    assert_rows(tmp_path / "out/right", tmp_path / "right", [1, 0, 4])
+    told = json.loads(done.out)
+    counts = {name: told[name] for name in told if name not in ("left", "right")}
+    assert counts == {
+        "only_in_LEFT": 1,
+        "only_in_RIGHT": 0,
+        "with_another_prompt": 0,
+        "again_in_LEFT": 1,
+        "again_in_RIGHT": 2,
+    }
 
 
 def test_join_with_routes(opd, source, tmp_path):

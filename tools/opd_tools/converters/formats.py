@@ -1,79 +1,17 @@
-"""Every foreign format: its name, what is kept of it and lost, and the functions that read and write it."""
+"""Every foreign format, by its name and by what a source looks like."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from opd_store import Cache, InvalidArgumentError
-from opd_tools.converters.record import Contents
-from opd_tools.converters.source import Source
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadSettings:
-    """What a file cannot tell, as far as the user does."""
-
-    vocab_size: int
-    tokenizer: Path | None = None
-    """tokenizer.json, for formats that hold text."""
-    topk: int | None = None
-    """Ranks to keep; None keeps all that there are."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """For tables: field of `Record` to name of the column, where names differ."""
-    config: Path | None = None
-    """For DistillKit: the compression config, if it does not lie beside the data."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WriteSettings:
-    """How a foreign file is written."""
-
-    tokenizer: Path | None = None
-    topk: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Format:
-    """One foreign format."""
-
-    name: str
-    """As `--from` and `--to` take it."""
-    title: str
-    alignment: str
-    """Which token a row of the file is about."""
-    keeps: str
-    loses: str
-    tested: str
-    """Against what: files that the project's own code made, or files built from its documented layout."""
-    detect: Callable[[Source], bool] | None = None
-    """Whether a source looks like it; reads heads of files only."""
-    read: Callable[[Source, ReadSettings], Contents] | None = None
-    write: Callable[[Cache, Path, WriteSettings, Callable[[int, int], None]], None] | None = None
-    """Writes a new file or directory; called with rollouts done and in all."""
+from opd_store import InvalidArgumentError
+from opd_tools.converters.core.format import Format
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.plain import jsonl, safetensors_export, table, table_export, torch_pile
+from opd_tools.converters.servers import llamacpp, openai, sglang, vllm
+from opd_tools.converters.trainers import axolotl, distillkit, lightning, maxtext, megatron, nemo
 
 
 def all_formats() -> tuple[Format, ...]:
     """Those that more than one could read are asked in this order."""
-    from opd_tools.converters import (
-        axolotl,
-        distillkit,
-        jsonl,
-        lightning,
-        llamacpp,
-        maxtext,
-        megatron,
-        nemo,
-        openai,
-        safetensors_export,
-        sglang,
-        table,
-        table_export,
-        torch_pile,
-        vllm,
-    )
-
     return (
         lightning.FORMAT,
         distillkit.FORMAT,

@@ -8,16 +8,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import opd_store
-from opd_store import CacheMeta, Cut, FormatError, InvalidArgumentError, ModelInfo, Rollout, Version
-from opd_tools.converters.alignment import checked, shifted
-from opd_tools.converters.formats import Format, ReadSettings
-from opd_tools.converters.normalise import Target, to_rollout
-from opd_tools.converters.record import Contents, Tally, Values
-from opd_tools.converters.source import Source
+from opd_store import (
+    RENORMALISED_TOPK,
+    CacheMeta,
+    Cut,
+    FormatError,
+    InvalidArgumentError,
+    ModelInfo,
+    Rollout,
+    Version,
+)
+from opd_tools.converters.core.alignment import checked, shifted
+from opd_tools.converters.core.format import Format, ReadSettings
+from opd_tools.converters.core.normalise import to_rollout
+from opd_tools.converters.core.record import Contents, Tally, Values
+from opd_tools.converters.core.source import Source
+from opd_tools.converters.core.support import Target
 from opd_tools.destination import REQUEST, build, request
-
-RENORMALISED = "renormalised_topk"
-"""`ModelInfo.logprob_mode` of log-probs that sum to 1 over the ranks that were kept."""
 
 
 def import_cache(
@@ -55,7 +62,11 @@ def import_cache(
     topk = contents.topk if settings.topk is None else min(settings.topk, contents.topk)
     topk = min(topk, settings.vocab_size)
     target = Target(
-        vocab_size=settings.vocab_size, topk=topk, values=contents.values, overfull=contents.overfull
+        vocab_size=settings.vocab_size,
+        topk=topk,
+        values=contents.values,
+        overfull=contents.overfull,
+        max_error=contents.max_error,
     )
     digest = source.digest()
     asked = (_asked(settings), encoding, id_table, shift, commit_every, meta.to_json())
@@ -97,6 +108,7 @@ def import_cache(
         encoding=encoding,
         id_table="auto" if id_table == "auto" else None,
         cut=Cut("given") if topk else None,
+        max_error=contents.max_error or 0.0,
         user_columns=dict(contents.columns),
     )
     for what in contents.lost:
@@ -107,7 +119,7 @@ def import_cache(
 def _with_teacher(meta: CacheMeta, contents: Contents) -> CacheMeta:
     teacher = meta.teacher or ModelInfo(name="unknown")
     if contents.values is Values.RENORMALISED:
-        teacher = dataclasses.replace(teacher, logprob_mode=RENORMALISED)
+        teacher = dataclasses.replace(teacher, logprob_mode=RENORMALISED_TOPK)
     if contents.temperature is not None:
         stated = teacher.logprob_temperature
         if stated not in (None, contents.temperature):

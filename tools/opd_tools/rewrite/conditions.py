@@ -17,9 +17,10 @@ from opd_store import Cache, InvalidArgumentError
 from opd_store.schema import SCALARS, USER_TYPES
 from opd_store.select import row_hashes
 
-_CONDITION = re.compile(r"(!?)([a-z_][a-z0-9_]*)(?:(>=|<=|!=|=|>|<)(.*))?", re.DOTALL)
+_CONDITION = re.compile(r"(!?)([a-z_][a-z0-9_]*)(?:(>=|<=|!=|==?|>|<)(.*))?", re.DOTALL)
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
+    "==": operator.eq,
     "!=": operator.ne,
     ">=": operator.ge,
     "<=": operator.le,
@@ -66,7 +67,7 @@ def _condition(cache: Cache, text: str) -> tuple[str, Condition]:
     if comparison is None:
         return name, lambda column: _is_missing(column) == bool(missing)
     wanted = _value(text, value, kinds[name])
-    if isinstance(wanted, bool) and comparison not in ("=", "!="):
+    if isinstance(wanted, bool) and comparison not in ("=", "==", "!="):
         raise InvalidArgumentError(f"--where {text:.100}: {name} is true or false")
     return name, lambda column: _compared(column, _COMPARISONS[comparison], wanted)
 

@@ -8,17 +8,17 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_store import Cache, layout
+from opd_store import Cache
 from opd_store.select import row_hashes
 
 
 def occurrences(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """[n] how many rows before each one have the same hash.
+    """[n] how many rows before each one have the same hash, or other bytes.
 
     Args:
-        hashes: [n, 32].
+        hashes: [n, bytes].
     """
-    names = np.ascontiguousarray(hashes).view(f"S{layout.HASH_BYTES}").ravel()
+    names = sortable(hashes)
     # Stable: of equal rows, the first in storage stays the first.
     order = np.argsort(names, kind="stable")
     is_first = np.ones(len(names), bool)
@@ -28,6 +28,11 @@ def occurrences(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
     found = np.empty(len(names), np.int64)
     found[order] = places
     return found
+
+
+def sortable(rows: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """[n] rows of bytes, as values that compare; all have one width, so zeros at the end do no harm."""
+    return np.ascontiguousarray(rows).view(f"S{rows.shape[1]}").ravel()
 
 
 def first_rows(caches: Sequence[Cache]) -> list[NDArray[np.int64]]:
@@ -48,8 +53,8 @@ def _same_sample(
 ) -> NDArray[np.bool_]:
     """Of rows with a hash that was seen before, those whose sample_id was, too."""
     shared = {hashes[row].tobytes() for row in np.flatnonzero(again)}
-    names = np.ascontiguousarray(hashes).view(f"S{layout.HASH_BYTES}").ravel()
-    known = np.frombuffer(b"".join(shared), f"S{layout.HASH_BYTES}")
+    names = sortable(hashes)
+    known = np.frombuffer(b"".join(shared), names.dtype)
     suspects = np.flatnonzero(np.isin(names, known))
     seen: set[tuple[bytes, str | None]] = set()
     found = np.zeros(len(hashes), bool)

@@ -39,7 +39,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--where",
     metavar="CONDITION",
     multiple=True,
-    help="COLUMN=VALUE, !=, >=, <=, > or <; COLUMN for rollouts with a value, !COLUMN for those without. "
+    help="COLUMN=VALUE, ==, !=, >=, <=, > or <; COLUMN for rollouts with a value, !COLUMN for those without. "
     "Columns are reward, label, sample_id, policy_version and any x_*. Repeatable; all have to hold.",
 )
 @click.option("--rows", type=_FILE, help="File with row numbers, one a line; only these are considered.")

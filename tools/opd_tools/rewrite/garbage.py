@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from pathlib import Path
 from opd_store import CacheNotFoundError, IntegrityError, StorageError, layout
 from opd_store.index import decode_shard_table
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
-from opd_store.storage import LocalStorage, sync_directory
+from opd_store.storage import LocalStorage, is_held, sync_directory
 from opd_store.storage.local import TEMP_DIR
 
+_MARKERS = "[0-9]" * 8 + ".removed"
 _DIRECTORIES = (layout.SHARD_DIR, layout.INDEX_DIR, layout.TABLE_DIR)
 
 
@@ -95,7 +94,7 @@ def find(storage: LocalStorage, kept: set[str], *, min_age_s: float) -> Found:
     for path in _files(storage.root / TEMP_DIR):
         with contextlib.suppress(FileNotFoundError):
             item = Garbage(f"{TEMP_DIR}/{path.name}", path.stat().st_size, "its writer is gone")
-            if _is_held(path):
+            if is_held(path):
                 found.writers.append(item.name)
             else:
                 found.garbage.append(item)
@@ -117,10 +116,9 @@ def remove_versions(storage: LocalStorage, manifests: dict[int, Manifest], dropp
     # The newest of them first: what is before a version that is gone is out of reach.
     for number in sorted(dropped, reverse=True):
         _remove(storage.root / layout.manifest_path(number))
-    for path in _files(storage.root / layout.MANIFEST_DIR):
-        stem, dot, suffix = path.name.partition(".")
-        if dot and suffix == "removed" and stem.isdigit() and int(stem) < newest:
-            _remove(path)
+    # Of an earlier removal that was cut off, the file may be about a newer version than this one.
+    for path in sorted((storage.root / layout.MANIFEST_DIR).glob(_MARKERS))[:-1]:
+        _remove(path)
     sync_directory(storage.root / layout.MANIFEST_DIR)
 
 
@@ -135,7 +133,7 @@ def remove(storage: LocalStorage, garbage: list[Garbage], *, min_age_s: float) -
             kept = referenced(storage, list(read_manifests(storage).values()))
         try:
             in_use = item.name in kept or (
-                _is_held(path)
+                is_held(path)
                 if item.name.startswith(TEMP_DIR + "/")
                 else time.time() - path.stat().st_mtime < min_age_s
             )
@@ -164,19 +162,3 @@ def _files(directory: Path) -> list[Path]:
         raise StorageError(
             f"{directory}: cannot list: {error.strerror}", errno=error.errno, filename=str(directory)
         ) from error
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a live writer has a lock on its temporary file; raises FileNotFoundError."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        # Also where a file system has no locks, and nobody can tell.
-        return True
-    finally:
-        os.close(descriptor)
-    return False

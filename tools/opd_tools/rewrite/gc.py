@@ -20,7 +20,8 @@ from opd_tools.rewrite.telling import json_option
 @click.option(
     "--keep-versions",
     type=AT_LEAST_1,
-    help="Also give up all but so many of the newest versions; the others cannot be opened any more.",
+    help="Also give up all but so many of the newest versions. The others cannot be opened any more, and a "
+    "program that reads one of them now will fail.",
 )
 @click.option(
     "--min-age",

@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 import opd_store
 from opd_store import Cache, CacheMeta, ModelInfo
+from opd_store.select import row_hashes
 from opd_tools.console import Meter, access_options, command, print_json
-from opd_tools.rewrite.duplicates import occurrences
+from opd_tools.rewrite.duplicates import occurrences, sortable
 from opd_tools.rewrite.merge import merged_schema, require_equal
 from opd_tools.rewrite.plan import Made, Part, Rows, all_rows, open_source, require_rows, schema_of, write
 from opd_tools.rewrite.telling import json_option, shard_option, tell, total_of
@@ -50,8 +52,8 @@ def join(
 
     For training on two teachers at once: row i of both new caches is the same rollout with the same prompt,
     in the order of LEFT, so `CacheStream(left, joined=[(right, numpy.arange(len(left)))])` pairs them. What
-    has no partner, or another prompt there, is left out and counted. Of equal rollouts in one cache the first
-    counts. Values do not change.
+    has no partner, or another prompt there, is left out and counted. Of equal rollouts the first goes with
+    the first of the other cache, the second with the second, and so on. Values do not change.
 
     With --route, for teachers of different subjects: a rollout is in DST once, and its column `teacher` says
     who scored it, as in `opd filter --teacher`.
@@ -92,36 +94,39 @@ def join(
 
 
 def common(left: Cache, right: Cache) -> Common:
-    """Rows of the same rollout with the same prompt.
+    """Rows of the same rollout with the same prompt; the second draw of it goes with the second one there.
 
     Raises:
         MismatchError: different tokenizers.
     """
-    rows, partners = opd_store.join(left, right)
-    again = _occurs_before(rows, partners)
-    same_prompt = left.row_response_tokens[rows] == right.row_response_tokens[partners]
-    kept = same_prompt & ~again
-    counts = {
-        "only in LEFT": len(left) - len(rows),
-        "only in RIGHT": len(right) - len(opd_store.join(right, left)[0]),
-        "with another prompt": int((~same_prompt).sum()),
-        "again in LEFT": int((same_prompt & again).sum()),
-    }
-    return Common(rows[kept], partners[kept], counts)
+    # For the refusal, and for what is in neither.
+    ours, theirs = opd_store.join(left, right)[0], opd_store.join(right, left)[0]
+    names = [_with_prompt(cache) for cache in (left, right)]
+    draws = [_with_number(rows) for rows in names]
+    _, rows, partners = np.intersect1d(draws[0], draws[1], assume_unique=True, return_indices=True)
+    order = np.argsort(rows)
+    counts = {"only in LEFT": len(left) - len(ours), "only in RIGHT": len(right) - len(theirs)}
+    shared = [int(np.isin(sortable(one), sortable(other)).sum()) for one, other in (names, reversed(names))]
+    counts["with another prompt"] = len(ours) - shared[0]
+    counts |= {"again in LEFT": shared[0] - len(rows), "again in RIGHT": shared[1] - len(rows)}
+    return Common(rows[order].astype(np.int64), partners[order].astype(np.int64), counts)
 
 
-def _occurs_before(rows: Rows, partners: Rows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which pairs have a partner that an earlier pair has."""
-    hashes = np.zeros((len(partners), 32), np.uint8)
-    hashes[:, :8] = partners.astype("<i8").view(np.uint8).reshape(-1, 8)
-    assert len(rows) == len(partners)
-    return occurrences(hashes) > 0
+def _with_prompt(cache: Cache) -> NDArray[np.uint8]:
+    """[n, 36] hash and response length, since equal tokens may have another prompt."""
+    lengths = cache.row_response_tokens.astype("<u4").view(np.uint8).reshape(-1, 4)
+    return np.hstack([row_hashes(cache), lengths])
+
+
+def _with_number(names: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """[n] names with how often each was there before."""
+    numbers = occurrences(names).astype("<i8").view(np.uint8).reshape(-1, 8)
+    return sortable(np.hstack([names, numbers]))
 
 
 def _routed(left: Cache, right: Cache, dst: str, *, access: dict[str, Any], shard_mib: int) -> Made:
     meta, routes = routed_meta(left.meta, right.meta)
-    without = {"allow": ("teacher", "other_teachers")}
-    require_equal(left, right, **without)
+    require_equal(left, right, allow=("teacher", "other_teachers"))
     rows = np.setdiff1d(all_rows(right), opd_store.join(right, left)[0])
     with Meter("joining", "rollouts") as meter:
         return write(

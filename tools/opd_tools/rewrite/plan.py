@@ -116,10 +116,9 @@ def write(
         StorageError: the disk refused.
     """
     digests = list(dict.fromkeys(part.cache.digest for part in parts))
-    named = [
-        *digests[:_NAMED_SOURCES],
-        *([f"and {len(digests) - _NAMED_SOURCES} more"] * (len(digests) > 50)),
-    ]
+    named = digests[:_NAMED_SOURCES]
+    if len(digests) > len(named):
+        named.append(f"and {len(digests) - len(named)} more")
     # Not the rows themselves, which follow from the sources and from what was asked.
     key = request(verb, opd_store.__version__, *digests, *asked, shard_mib)
     extra = {**meta.extra, REQUEST: key, MADE_BY: f"opd {verb}", MADE_FROM: " ".join(named)}

@@ -16,7 +16,8 @@ from opd_tools.rewrite.plan import Part, Rows, open_source, require_rows, schema
 from opd_tools.rewrite.telling import json_option, several, shard_option, total_of
 
 _MOST_VALUES = 256
-_MISSING = "+missing"
+_MISSING, _EMPTY = "+missing", "+empty"
+"""No value gives these names: of those, a plus sign is written otherwise."""
 
 
 @click.command("split")
@@ -48,8 +49,8 @@ def split(
     """Divide the cache SRC into TRAIN and HELD_OUT, or by the values of a column.
 
     A rollout goes to the same side whatever else is in the cache, and equal rollouts go together. With --by,
-    caches are named after values, with what is not fit for a file name as %XX, and +missing for rollouts
-    without one. Values do not change.
+    caches are named after values, with what is not fit for a file name as %XX, +missing for rollouts without
+    one and +empty for the empty text. Values do not change.
 
     \b
     Example: opd split runs/cache runs/train runs/held-out --held-out 0.05
@@ -112,6 +113,6 @@ def by_value(source: Cache, column: str) -> dict[str, Rows]:
 def _file_name(value: object) -> str:
     # Everything but letters, digits, "_", "-" and "~"; dots too, so that no name is "..".
     name = quote(str(value).lower() if isinstance(value, bool) else str(value), safe="").replace(".", "%2E")
-    if not name or len(name) > 200:
+    if len(name) > 200:
         raise InvalidArgumentError(f"--by: a value of {len(str(value))} characters cannot name a cache")
-    return name
+    return name or _EMPTY

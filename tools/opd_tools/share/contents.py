@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_store import IntegrityError, layout
-from opd_store.cache import Cache, load_manifest
+from opd_store.cache import Cache
 from opd_store.index import FileRef
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.storage import Storage
+from opd_store.versions import load_manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from opd_store import Cache
 from opd_store.batch import ARRAY_FIELDS
 from opd_store.schema import SCALARS
-from opd_tools.converters.text import TextTokenizer
+from opd_tools.converters.reading.text import TextTokenizer
 
 PREVIEW = "preview/rollouts.parquet"
 _MAX_TOKENS = 1 << 20

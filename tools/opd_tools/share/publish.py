@@ -17,7 +17,7 @@ import opd_store
 from opd_store import CacheMeta, InvalidArgumentError, ModelInfo
 from opd_store.storage import LocalStorage, resolve
 from opd_tools.console import Meter, access_options, command, print_json, printable
-from opd_tools.converters.text import TextTokenizer, tokenizer_file
+from opd_tools.converters.reading.text import TextTokenizer, tokenizer_file
 from opd_tools.destination import is_local, partial_path
 from opd_tools.share import figures
 from opd_tools.share.card import CARD, card

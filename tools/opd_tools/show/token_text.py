@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_store import CacheMeta, InvalidArgumentError, MismatchError
-from opd_tools.converters.text import identity, tokenizer_file
+from opd_tools.converters.reading.text import identity, tokenizer_file
 
 _LONGEST_CHARACTER = 4
 """Tokens, of a byte each."""

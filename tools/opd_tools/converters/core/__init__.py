@@ -1,0 +1,1 @@
+"""What every importer hands over, and how it becomes a rollout."""

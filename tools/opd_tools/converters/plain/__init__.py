@@ -1,0 +1,1 @@
+"""Tables, JSON lines and tensors without a project behind them, and what a cache becomes in them."""

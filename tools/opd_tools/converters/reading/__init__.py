@@ -1,0 +1,1 @@
+"""How JSON, tables, tensors and text are read, whatever format they are in."""

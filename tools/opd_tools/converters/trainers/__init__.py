@@ -1,0 +1,1 @@
+"""What other projects' trainers keep log-probs in."""
