@@ -6,7 +6,9 @@ import dataclasses
 import shutil
 
 import pytest
+from click.testing import CliRunner
 from cloud.fault_proxy import Fault, FaultProxy
+from opd_tools.main import main
 from opd_tools.share.bucket import Bucket
 from opd_tools.share.contents import contents
 from opd_tools.share.transfer import place_of, stages, transmit, upload
@@ -49,6 +51,18 @@ def test_a_later_version_sends_what_is_new(local, place, tmp_path):
     # The older one has all that this needs, and would hide it.
     with pytest.raises(CacheExistsError, match="holds version 4, which this cache does not"):
         upload(local, url, access)
+
+
+def test_a_history_that_was_removed_stays_removed(local, place, tmp_path):
+    url, access = place
+    ours = copy(local, tmp_path)
+    shortened = ["gc", str(ours), "--keep-versions", "1", "--min-age", "0", "--delete"]
+    assert CliRunner().invoke(main, shortened).exit_code == 0
+    upload(ours, url, access)
+    for found in (opd_store.verify(ours), opd_store.verify(url, **access)):
+        assert found.ok, found.problems
+        assert found.versions == 1
+    assert upload(ours, url, access).files == 0
 
 
 def test_another_cache_is_never_overwritten(local, place, tmp_path):

@@ -9,7 +9,7 @@ from opd_store.cache import Cache
 from opd_store.index import FileRef
 from opd_store.manifest import Manifest, decode_manifest, manifest_digest
 from opd_store.storage import Storage
-from opd_store.versions import load_manifest
+from opd_store.versions import load_manifest, was_removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Contents:
     older: tuple[File, ...]
     """Index files that only ancestors name; those may have been removed."""
     manifests: tuple[tuple[str, bytes], ...]
-    """Name and bytes, oldest first; the last one is this version's."""
+    """Name and bytes, oldest first; the last one is this version's. Where older ones were removed on purpose,
+    the file that says so comes before them."""
 
     @property
     def n_bytes(self) -> int:
@@ -61,6 +62,8 @@ def contents(storage: Storage, pin: str | None) -> Contents:
         manifests.append((name, data))
         parent = decode_manifest(data, where=storage.describe(name))
         older |= {file.name: file for file in _tables(parent)}
+    if parent.parent is not None and was_removed(storage, parent.sequence - 1, parent):
+        manifests.append((layout.removed_path(parent.sequence - 1), f"{parent.parent}\n".encode()))
     shards = {shard.path: File(shard.path, shard.n_bytes, shard.sha256) for shard in cache.shards}
     known = {file.name for file in tables}
     return Contents(

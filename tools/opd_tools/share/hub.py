@@ -175,9 +175,9 @@ class Hub:
         if is_last:
             # Nobody may have committed the same version since we looked.
             self._files = None
-            there = set(self.versions())
+            there = set(map(layout.manifest_path, self.versions()))
             for item in items:
-                if item.create_only and int(item.name[-13:-5]) in there and not self.proves(item):
+                if item.create_only and item.name in there and not self.proves(item):
                     raise CommitConflictError(f"{self.shown}/{item.name}: somebody else committed it first")
         tries = 0
 
