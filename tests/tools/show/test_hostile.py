@@ -78,7 +78,7 @@ class Page(HTMLParser):
             assert key in {"lang", "charset", "alt", "src", "class"}, key
             assert key != "src" or value.startswith("data:image/svg+xml;base64,")
 
-def use(path, other):
+def use(path, other, number):
     cache, tokenizer = path / "cache", path / "tokenizer"
     run("inspect", cache)
     json.loads(run("inspect", cache, "--json"))
@@ -96,10 +96,12 @@ def use(path, other):
     run("diff", cache, other, "--json", codes=(1,))
     run("verify", cache)
     run("log", cache)
-    run("report", cache, "--out", path / "page.html")
-    text = (path / "page.html").read_text("utf-8")
-    assert not [char for char in text if not (char == "\n" or char.isprintable())]
-    Page().feed(text)
+    if number % 2 == 0:
+        # Half of them, since drawing takes longer than all the rest.
+        run("report", cache, "--out", path / "page.html")
+        text = (path / "page.html").read_text("utf-8")
+        assert not [char for char in text if not (char == "\n" or char.isprintable())]
+        Page().feed(text)
     # Damaged, so that errors name it.
     shard = next((cache / "shards").iterdir())
     data = bytearray(shard.read_bytes())
@@ -130,11 +132,11 @@ paths = [root / f"hostile-{number}" for number in range(5)]
 for path in paths:
     make(path, words(0))
 # Once unwatched, so that what is imported and which fonts are read is known.
-use(paths.pop(), other)
+use(paths.pop(), other, 0)
 sys.addaudithook(hook)
 watching = True
-for path in paths:
-    use(path, other)
+for number, path in enumerate(paths):
+    use(path, other, number)
 watching = False
 assert not events, events[:5]
 allowed = re.compile(re.escape(str(root)) + "/|.*/(fonts|matplotlib)/")
